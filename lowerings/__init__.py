@@ -1,0 +1,8 @@
+"""What each op means and who can run it: one file an op, with schema, plain-PyTorch meaning, cost and implementations.
+
+`OPS` lists them.  A lowering file imports torch, sympy, `dsv4_compile.op` and its own kernel; it knows no graphs.
+"""
+
+from typing import Any
+
+OPS: tuple[Any, ...] = ()

@@ -1,0 +1,9 @@
+"""What to find: one file an idiom, each holding rules written as plain PyTorch.
+
+`RULES` lists them in the order in which the passes try them.  A rule file imports `dsv4_compile.match` and the op that
+it emits; it knows no devices and no kernels.
+"""
+
+from typing import Any
+
+RULES: tuple[Any, ...] = ()
