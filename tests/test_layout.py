@@ -50,7 +50,7 @@ def test_package_dirs_map_every_package() -> None:
     assert set(SETUPTOOLS["package-dir"]) == {package(ROOT / room) for room in ROOMS}
 
 
-# Import arrows: room -> outside modules, own modules, forbidden in spite of these.  A dot at the end: the whole package.
+# Import arrows: room -> outside modules, own modules, forbidden all the same.  A dot at the end: the whole package.
 
 ARROWS: dict[str, tuple[set[str], set[str], set[str]]] = {
     "dsv4_compile.reference_model": ({"torch", "safetensors"}, {"dsv4_compile.reference_model."}, {"torch.fx"}),
