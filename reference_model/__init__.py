@@ -1,1 +1,10 @@
-"""DeepSeek-V4 in plain eager PyTorch: it imports torch and safetensors, and nothing of the compiler."""
+"""DeepSeek-V4 in plain eager PyTorch: what users write, and what the compiler is given. Imports torch and safetensors only."""
+
+from .checkpoint import from_hf, load, save
+from .config import DSV4Config
+from .generate import generate
+from .model import DSV4
+from .sample import sample
+from .state import Selection, State
+
+__all__ = ["DSV4", "DSV4Config", "Selection", "State", "from_hf", "generate", "load", "sample", "save"]

@@ -1,0 +1,37 @@
+"""Choosing the next token from logits, without a host sync: greedy, temperature, top-k, top-p, min-p, seeded."""
+
+import torch
+from torch import Tensor
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """logits [B, V] -> token ids [B] int64.
+
+    temperature 0 is greedy. top_k > 0 keeps the k best tokens, top_p < 1 the smallest set of best tokens whose
+    probabilities reach p, min_p > 0 those of at least min_p times the best one's probability; the best is always kept.
+    Sampling is an exponential race, argmax of p / Exp(1) in fp32: the same `generator` state gives the same tokens.
+    """
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
+        raise ValueError(
+            "sample needs temperature >= 0, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1; got "
+            f"{temperature=}, {top_k=}, {top_p=}, {min_p=}"
+        )
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = torch.softmax(logits.float() / temperature, -1)
+    ranked, token = p.sort(-1, descending=True, stable=True)
+    drop = ranked < min_p * ranked[:, :1]
+    drop |= ranked.cumsum(-1) - ranked >= top_p
+    if top_k:
+        drop |= torch.arange(p.shape[-1], device=p.device) >= top_k
+    drop[:, 0] = False
+    ranked = ranked.masked_fill(drop, 0.0)
+    race = ranked / torch.empty_like(ranked).exponential_(generator=generator)
+    return token.gather(-1, race.argmax(-1, keepdim=True)).squeeze(-1)

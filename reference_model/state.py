@@ -1,0 +1,170 @@
+"""Generation state: static tensors, written in place at a position tensor, so that decode is one graph at every position.
+
+Each layer keeps the latest tokens in *rings* (token p lives in slot p mod rows) and all compressed entries in *pools*.
+No branch depends on a position: a window that is not closed yet is sent to the pool's last row, a scratch row that
+nothing reads. Shapes: B batch, T tokens of the call, W sliding window, m tokens in a window, R = m or 2m rows that an
+entry is made of.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .config import DSV4Config
+from .layers import put, take
+
+
+@dataclass
+class CompressorState:
+    """Rows not yet compressed, and the entries so far.
+
+    values, gates [B, R + draft, C] (at least fp32), entries [B, ceil(max_len / m) + 1, d], the last row being scratch.
+    """
+
+    values: Tensor
+    gates: Tensor
+    entries: Tensor
+
+
+@dataclass
+class LayerState:
+    """kv [B, W + draft, d] ring of keys (= values); `compressor` unless the layer is SWA only; `indexer` for CSA."""
+
+    kv: Tensor
+    compressor: CompressorState | None = None
+    indexer: CompressorState | None = None
+
+
+@dataclass
+class State:
+    """All that a batch of sequences remembers. `position` [B] int64 counts the tokens seen by each row.
+
+    To rewind by up to `draft` tokens (rejected speculation) subtract from `position`: rings hold that many rows more,
+    and entries past the position are invisible until they are written again.
+    """
+
+    position: Tensor
+    layers: list[LayerState]
+    max_len: int
+    draft: int
+
+    @staticmethod
+    def empty(config: DSV4Config, batch: int, max_len: int, draft: int, device, dtype: torch.dtype) -> "State":
+        """The state before the first token, for up to `max_len` tokens a row; kv in `dtype`."""
+        if batch < 1 or max_len < 1 or draft < 0:
+            raise ValueError(f"a state needs batch >= 1, max_len >= 1, draft >= 0; got {batch=}, {max_len=}, {draft=}")
+        if max_len > config.max_position_embeddings:
+            raise ValueError(
+                f"max_len {max_len} exceeds the model's context of {config.max_position_embeddings} tokens "
+                "(max_position_embeddings): ask for less"
+            )
+        d, exact = config.head_dim, torch.promote_types(dtype, torch.float32)
+
+        def zeros(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(batch, rows, columns, device=device, dtype=dtype)
+
+        def compressor(m: int, overlap: bool, width: int) -> CompressorState:
+            rows, columns = (1 + overlap) * m + draft, (1 + overlap) * width
+            entries = zeros(-(-max_len // m) + 1, width, dtype)
+            return CompressorState(zeros(rows, columns, exact), zeros(rows, columns, exact), entries)
+
+        layers = []
+        for kind in (*config.layer_types, *["sliding_attention"] * config.num_nextn_predict_layers):
+            layer, m = LayerState(zeros(config.sliding_window + draft, d, dtype)), config.rate(kind)
+            if kind == "compressed_sparse_attention":
+                layer.compressor = compressor(m, True, d)
+                layer.indexer = compressor(m, True, config.index_head_dim)
+            elif kind == "heavily_compressed_attention":
+                layer.compressor = compressor(m, False, d)
+            layers.append(layer)
+        return State(torch.zeros(batch, device=device, dtype=torch.int64), layers, max_len, draft)
+
+
+@dataclass
+class Selection:
+    """What the discrete choices were: expert ids [B * T, k] and picked entries [B, T, K] (None: not a CSA layer), layer by
+    layer. An empty one passed to the model is filled; a filled one is replayed instead of choosing anew."""
+
+    experts: list[Tensor] = field(default_factory=list)
+    entries: list[Tensor | None] = field(default_factory=list)
+
+
+class Chunk:
+    """The T tokens of one call: where they stand, where their rows go, and where earlier rows are found.
+
+    start [B]: tokens seen before; lengths [B] or None: how many of the T are real, row by row. `state` None: a call
+    without memory, which starts at 0 and sees only itself.
+    """
+
+    def __init__(self, T: int, start: Tensor, lengths: Tensor | None, draft: int | None):
+        self.T, self.start, self.lengths, self.draft = T, start, lengths, draft
+        self.token = torch.arange(T, device=start.device)
+        self.position = start.unsqueeze(1) + self.token  # [B, T]
+        self.end = start + (T if lengths is None else lengths)  # [B]
+
+    def extend(self, ring: Tensor | None, new: Tensor) -> Tensor:
+        """Append new [B, T, C] to a ring; returns the rows to read [B, S, C], which `find` indexes."""
+        if ring is None:
+            return new
+        if self.written_first:
+            self.write(ring, new)
+            return ring
+        rows = torch.cat([ring, new.to(ring.dtype)], 1)  # later tokens overwrite slots that earlier queries need
+        self.write(ring, new)
+        return rows
+
+    @property
+    def written_first(self) -> bool:
+        """Few enough tokens to be written before they are read: the ring's spare rows hold them."""
+        return self.draft is not None and self.T <= self.draft + 1
+
+    def find(self, p: Tensor, rows: int) -> Tensor:
+        """Index of the tokens at positions p [B, ...] in what `extend` returns for a ring of `rows`; -1 before the first."""
+        if self.draft is None:
+            index = p
+        elif self.written_first:
+            index = p % rows
+        else:
+            start = self.start.view(-1, *[1] * (p.dim() - 1))
+            index = torch.where(p >= start, rows + p - start, p % rows)
+        return torch.where(p < 0, -1, index)
+
+    def write(self, ring: Tensor, new: Tensor) -> None:
+        """Store new [B, T, C] in the ring [B, rows, C], token p in slot p mod rows; only real tokens are written."""
+        rows = ring.shape[1]
+        if self.T <= rows:
+            slot = self.position % rows
+            if self.lengths is not None:
+                real = (self.token < self.lengths.unsqueeze(1)).unsqueeze(-1)
+                new = torch.where(real, new.to(ring.dtype), take(ring, slot))
+            put(ring, slot, new)
+        else:  # several tokens want one slot: each slot looks for the newest
+            slot = torch.arange(rows, device=ring.device)
+            last = self.end.unsqueeze(1) - 1
+            p = last - (last - slot) % rows  # [B, rows], the newest position that lives in the slot
+            start = self.start.unsqueeze(1)
+            ring.copy_(torch.where((p >= start).unsqueeze(-1), take(new, p - start).to(ring.dtype), ring))
+
+
+class Windows:
+    """The compressor windows of m tokens that a chunk may close: n = ceil(T / m) of them from `start // m` on (no chunk
+    can close more).
+
+    index [B, n, R]: rows that make the entry, -1 in windows that stay open and before the first token. first [B, n]:
+    position of the window's first token. slot [B, n]: row of the pool. visible [B, T]: entries that each query may see,
+    its own window's included if the query closes it. count: entries in the pool.
+    """
+
+    def __init__(self, chunk: Chunk, m: int, overlap: bool, max_len: int | None):
+        n, R = -(-chunk.T // m), (1 + overlap) * m
+        device = chunk.start.device
+        self.count = n if max_len is None else -(-max_len // m)
+        window = chunk.start.unsqueeze(1) // m + torch.arange(n, device=device)
+        closed = (window + 1) * m <= chunk.end.unsqueeze(1)
+        p = ((window + 1) * m - R).unsqueeze(-1) + torch.arange(R, device=device)
+        rows = R if chunk.draft is None else R + chunk.draft
+        self.index = torch.where(closed.unsqueeze(-1), chunk.find(p, rows), -1)
+        self.first = window * m
+        self.slot = torch.where(closed & (window < self.count), window, self.count)
+        self.visible = ((chunk.position + 1) // m).clamp(max=self.count)
