@@ -298,7 +298,7 @@ class Experts(nn.Module):
         self.w3 = ExpertLinear(X, D, I, format)
 
     def forward(self, x: Tensor, expert: Tensor, gate: Tensor) -> Tensor:  # x [N, D], expert and gate [N, k]
-        if expert.numel() <= self.w1.weight.shape[0] or x.dtype == torch.float64:  # grouped_mm has no fp64
+        if expert.numel() <= self.w1.weight.shape[0]:
             return self.gathered(x, expert, gate)
         return self.grouped(x, expert, gate)
 
@@ -325,13 +325,34 @@ class Experts(nn.Module):
 
 
 def grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    """x [M, K] in groups of rows, group e up to row ends[e], times w[e]^T of w [X, J, K] -> [M, J]. `F.grouped_mm` wants
-    rows of a multiple of 16 bytes: odd sizes are padded."""
+    """x [M, K] in groups of rows, group e up to row ends[e], times w[e]^T of w [X, J, K] -> [M, J].
+
+    `F.grouped_mm` is bf16 only when traced, and wants rows of a multiple of 16 bytes: odd sizes are padded.
+    """
+    if x.dtype != torch.bfloat16:
+        return blocked_mm(x, w, ends)
     J, K = w.shape[-2:]
-    unit = 16 // x.element_size()
-    if K % unit or J % unit:
-        x, w = F.pad(x, (0, -K % unit)), F.pad(w, (0, -K % unit, 0, -J % unit))
+    if K % 8 or J % 8:
+        x, w = F.pad(x, (0, -K % 8)), F.pad(w, (0, -K % 8, 0, -J % 8))
     return F.grouped_mm(x, w.transpose(-1, -2), offs=ends)[:, :J]
+
+
+def blocked_mm(x: Tensor, w: Tensor, ends: Tensor, block: int = 32) -> Tensor:
+    """`grouped_mm` for any dtype: groups are cut into blocks of rows, at most M // block + X of them, and each block
+    is multiplied with its own copy of its group's matrix."""
+    M, X = x.shape[0], w.shape[0]
+    starts = F.pad(ends[:-1], (1, 0))
+    block_ends = ((ends - starts + block - 1) // block).cumsum(0)  # [X]
+    block_starts = F.pad(block_ends[:-1], (1, 0))
+    number = torch.arange(M // block + X, device=x.device)
+    group = torch.searchsorted(block_ends, number, right=True).clamp(max=X - 1)  # of each block
+    first = starts[group] + (number - block_starts[group]) * block  # its first row
+    row = first.unsqueeze(1) + torch.arange(block, device=x.device)  # [blocks, block]; what runs over is never read back
+    y = x[row.clamp(max=M - 1)] @ w[group].transpose(-1, -2)  # [blocks, block, J]
+    row = torch.arange(M, device=x.device)
+    group = torch.searchsorted(ends, row, right=True)
+    place = row - starts[group]
+    return y[block_starts[group] + place // block, place % block]
 
 
 class MoE(nn.Module):
@@ -392,13 +413,14 @@ class Block(nn.Module):
         state: LayerState | None,
         expert: Tensor | None = None,
         entries: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:  # X [B, T, n, D]; `expert` and `entries` replay a selection
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # X [B, T, n, D]; `expert` and `entries` replay a selection
         x, post, comb = self.hc_attn(X)
-        y, entries = self.attn(self.attn_norm(x), step, state, entries)
+        y, picked = self.attn(self.attn_norm(x), step, state, entries)
         X = reconnect(X, y, post, comb)
         x, post, comb = self.hc_ffn(X)
-        y, expert = self.ffn(self.ffn_norm(x), tokens, expert)
-        return reconnect(X, y, post, comb), expert, entries
+        y, chosen = self.ffn(self.ffn_norm(x), tokens, expert)
+        X = reconnect(X, y, post, comb)
+        return (X, chosen, picked) if expert is None else (X, None, None)  # a region may not return its inputs
 
 
 class MTP(Block):
