@@ -3,6 +3,10 @@
 `OPS` lists them.  A lowering file imports torch, sympy, `dsv4_compile.op` and its own kernel; it knows no graphs.
 """
 
-from typing import Any
+from ..op import Op
+from . import norm
 
-OPS: tuple[Any, ...] = ()
+OPS: tuple[Op, ...] = (
+    norm.rms_norm,
+    norm.unit_norm,
+)

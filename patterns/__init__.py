@@ -4,6 +4,10 @@
 it emits; it knows no devices and no kernels.
 """
 
-from typing import Any
+from ..match import Rule
+from . import norm
 
-RULES: tuple[Any, ...] = ()
+RULES: tuple[Rule, ...] = (
+    norm.weighted,
+    norm.unweighted,
+)

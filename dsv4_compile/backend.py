@@ -1,0 +1,91 @@
+"""The entry point: `torch.compile(model, backend="dsv4", options={...})` arrives here with a captured graph."""
+
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import config as configuration
+from .errors import GRADIENTS, NO_COMPILER, DSV4Warning, NoCompiler
+
+if TYPE_CHECKING:
+    from .report import Report
+
+
+def backend(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+    observe: "Callable[[Report], None] | None" = None,
+) -> Callable[..., Any]:
+    """Compile one captured graph. `observe` gets the report when it is done.
+
+    Raises UnknownName or BadValue for options that are not understood, NoCompiler where Inductor cannot work.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    from .lowerings import OPS
+    from .op import DEVICES
+    from .passes import PassManager
+    from .patterns import RULES
+    from .report import HISTORY
+
+    config = configuration.resolve(options, mode, passes={r.name for r in RULES}, devices=DEVICES)
+    manager = PassManager(config, RULES, OPS)
+    eager = chosen_inner(config.inner, example_inputs) == "eager"
+    patches: dict[str, Any] = {"triton.cudagraphs": True} if config.cudagraphs else {}
+    if eager or config.explain:
+        patches["force_disable_caches"] = True
+        keep_source_lines(gm)
+    if needs_gradients(example_inputs):
+        manager.report.skipped = GRADIENTS
+        warnings.warn(GRADIENTS, DSV4Warning, stacklevel=2)
+    else:
+        patches["joint_custom_pre_pass"] = manager
+    extra = {"inner_compile": run_op_by_op} if eager else {}
+    compiled = compile_fx(gm, example_inputs, config_patches=patches, **extra)
+    HISTORY.append(manager.report)
+    if config.explain:
+        print(manager.report, file=sys.stderr)
+    if observe is not None:
+        observe(manager.report)
+    return compiled
+
+
+def needs_gradients(inputs: Sequence[Any]) -> bool:
+    """Whether the joint graph will hold a backward."""
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+
+
+def chosen_inner(asked: str | None, inputs: Sequence[Any]) -> str:
+    """ "inductor" or "eager": what was asked for, else Inductor wherever it can work."""
+    import torch._inductor.config as inductor
+
+    looked_for = [c for c in ([inductor.cpp.cxx] if isinstance(inductor.cpp.cxx, str) else inductor.cpp.cxx) if c]
+    on_cpu = all(x.device.type == "cpu" for x in inputs if isinstance(x, torch.Tensor))
+    if asked == "eager" or not on_cpu or any(map(shutil.which, looked_for)):
+        return asked or "inductor"
+    if asked == "inductor":
+        raise NoCompiler(looked_for)
+    warnings.warn(NO_COMPILER.format(looked_for=", ".join(looked_for)), DSV4Warning, stacklevel=3)
+    return "eager"
+
+
+def run_op_by_op(gm: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+    """In Inductor's place: run the rewritten graph as it stands."""
+    from functorch.compile import make_boxed_func
+
+    return make_boxed_func(gm.forward)
+
+
+def keep_source_lines(gm: torch.fx.GraphModule) -> None:
+    """Make region bodies run node by node while they are traced again, so that each node keeps its model source line
+    instead of that of the region's call. The change of `forward` keeps a graph out of the caches: not for normal use."""
+    for module in gm.modules():
+        if module is not gm and isinstance(module, torch.fx.GraphModule):
+            module.forward = torch.fx.Interpreter(module).run

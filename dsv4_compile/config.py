@@ -1,0 +1,123 @@
+"""The options of the backend, resolved once: option beats environment variable beats preset beats default."""
+
+import fnmatch
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .errors import BadValue, UnknownName
+
+INNER = ("inductor", "eager")
+MODES: dict[str, dict[str, Any]] = {
+    "decode": {"cudagraphs": True},
+    "prefill": {"cudagraphs": False},
+    "debug": {"strict": True, "explain": True, "inner": "eager"},
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the user asked for. All of it enters the cache identity.
+
+    passes, disable: globs over pass names (raise.*, fuse.moe); those in `passes` and not in `disable` run.
+    lowerings: devices whose implementations may claim ops ("cpu", "cuda"); others are inlined.
+    strict: a rule that fails is an error. explain: print the report, past all caches.
+    inner: "inductor", or "eager" to run the rewritten graph op by op; None chooses.
+    cudagraphs: Inductor's CUDA graphs, set by mode="decode".
+    """
+
+    passes: tuple[str, ...] = ("*",)
+    disable: tuple[str, ...] = ()
+    lowerings: tuple[str, ...] = ("*",)
+    strict: bool = False
+    explain: bool = False
+    inner: str | None = None
+    cudagraphs: bool = False
+
+    def enabled(self, name: str) -> bool:
+        """Whether the passes of this name run."""
+        return _any(name, self.passes) and not _any(name, self.disable)
+
+    def may_lower_to(self, device: str) -> bool:
+        return _any(device, self.lowerings)
+
+
+OPTIONS = tuple(f.name for f in fields(Config) if f.name != "cudagraphs")
+
+
+def resolve(
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    *,
+    passes: Iterable[str],
+    devices: Iterable[str],
+    environment: Mapping[str, str] = os.environ,
+) -> Config:
+    """Read options, mode and DSV4_* variables. `passes` and `devices` are the names that globs may mean.
+
+    Raises UnknownName for an option, mode, pass or device that does not exist, BadValue for a value that cannot be read.
+    """
+    if mode is not None and mode not in MODES:
+        raise UnknownName("mode", mode, MODES)
+    given: dict[str, Any] = {}
+    for name in OPTIONS:
+        if (text := environment.get(f"DSV4_{name.upper()}")) is not None:
+            given[name] = text
+    for name, value in (options or {}).items():
+        if name not in OPTIONS:
+            raise UnknownName("option", name, OPTIONS)
+        given[name] = value
+    read = dict(MODES.get(mode, {})) if mode else {}
+    read |= {name: _READ[name](name, value) for name, value in given.items()}
+    config = Config(**read)
+    _check("pass", (*config.passes, *config.disable), passes)
+    _check("lowering", config.lowerings, devices)
+    return config
+
+
+def _globs(name: str, value: Any) -> tuple[str, ...]:
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(p, str) for p in parts):
+        raise BadValue(name, value, "names or globs, as a list or separated by commas")
+    parts = tuple(p.strip() for p in parts if p.strip())
+    return ("*",) if parts == ("all",) else () if parts == ("none",) else parts
+
+
+def _flag(name: str, value: Any) -> bool:
+    known = {
+        "1": True,
+        "true": True,
+        "yes": True,
+        "on": True,
+        "0": False,
+        "false": False,
+        "no": False,
+        "off": False,
+        "": False,
+    }
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() not in known:
+        raise BadValue(name, value, "a boolean (1 or 0)")
+    return known[str(value).lower()]
+
+
+def _inner(name: str, value: Any) -> str | None:
+    if value is None or value in INNER:
+        return value
+    raise UnknownName("inner", str(value), INNER)
+
+
+_READ = {"passes": _globs, "disable": _globs, "lowerings": _globs, "strict": _flag, "explain": _flag, "inner": _inner}
+
+
+def _any(name: str, globs: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, g) for g in globs)
+
+
+def _check(what: str, globs: Iterable[str], known: Iterable[str]) -> None:
+    known = list(known)
+    for glob in globs:
+        if glob != "*" and not fnmatch.filter(known, glob):
+            raise UnknownName(what, glob, known)

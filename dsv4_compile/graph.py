@@ -1,0 +1,385 @@
+"""The graph, seen as mathematics: which nodes only reshape or cast, what a node computes, and how graphs are edited safely.
+
+Everything here works on functional ATen as it arrives at the joint hook. `Term` is the canonical reading of one node:
+overloads, defaults, the sign of dims and bookkeeping arguments (dtype, device, layout) are normalised away.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils import _pytree as pytree
+
+from .errors import BrokenGraph
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+CAST = prims.convert_element_type.default
+RESHAPES = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.clone.default,
+    aten.alias.default,
+    aten.lift_fresh_copy.default,
+}
+VIEWS = RESHAPES | {aten.expand.default}
+END = 2**63 - 1
+
+# Arguments that say how a value is stored or ordered, not what it is.  Every dsv4 op that selects also sorts.
+BOOKKEEPING = {"dtype", "layout", "device", "pin_memory", "memory_format", "sorted", "non_blocking", "requires_grad"}
+
+
+def known(condition: Any) -> bool:
+    """True if the condition holds for every value of the symbolic sizes in it; never adds a guard."""
+    return statically_known_true(condition)
+
+
+def value(x: Any) -> Any:
+    """The fake value of a node (or of whatever else stands in an argument list)."""
+    return x.meta["val"] if isinstance(x, Node) else x
+
+
+def shape(x: Node) -> tuple[Any, ...]:
+    return tuple(x.meta["val"].shape)
+
+
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(known(i == j) for i, j in zip(a, b, strict=True))
+
+
+def is_tensor(x: Any) -> bool:
+    return isinstance(x, Node) and isinstance(x.meta.get("val"), torch.Tensor)
+
+
+def is_cast(x: Any) -> bool:
+    """A change of precision: float to float, or integer to integer."""
+    if not (isinstance(x, Node) and x.target is CAST):
+        return False
+    source, to = value(x.args[0]).dtype, x.args[1]
+    return source.is_floating_point == to.is_floating_point and torch.bool not in (source, to)
+
+
+def is_view(x: Any) -> bool:
+    return isinstance(x, Node) and x.target in VIEWS
+
+
+def strip(x: Node) -> Node:
+    """The node that computes the value, below all casts and views."""
+    while is_view(x) or is_cast(x):
+        x = x.args[0]
+    return x
+
+
+def unwiden(x: Node) -> Node:
+    """Below casts that lose nothing (bf16 to fp32)."""
+    while is_cast(x) and value(x.args[0]).dtype.itemsize < x.args[1].itemsize:
+        x = x.args[0]
+    return x
+
+
+def same_value(a: Node, b: Node) -> bool:
+    """Two nodes that hold the same numbers in the same shape: one root, and only casts and reshapes above it."""
+
+    def root(x: Node) -> Node:
+        while is_cast(x) or x.target in RESHAPES:
+            x = x.args[0]
+        return x
+
+    return a is b or (root(a) is root(b) and same_shape(shape(a), shape(b)))
+
+
+def users(x: Node) -> Iterator[Node]:
+    """Nodes that compute with x, above casts and views."""
+    for user in x.users:
+        if is_view(user) or is_cast(user):
+            yield from users(user)
+        else:
+            yield user
+
+
+# What a node computes
+
+
+@dataclass(frozen=True)
+class Term:
+    """`head` as "aten.topk" or "dsv4.softmax"; operands (nodes or scalars) in order; the other arguments by name."""
+
+    head: str
+    operands: tuple[Any, ...]
+    literals: dict[str, Any]
+    commutes: bool = False
+    pointwise: bool = False
+
+    def __str__(self) -> str:
+        return self.head
+
+
+COMMUTES = {"aten.add", "aten.mul", "aten.maximum", "aten.minimum", "aten.bitwise_and", "aten.bitwise_or", "aten.eq"}
+COMMUTES |= {"aten.logical_and", "aten.logical_or"}
+
+
+def head(x: Any) -> str:
+    """Name of what a node calls, without its overload; other nodes give their kind ("placeholder")."""
+    if not isinstance(x, Node):
+        return repr(x)
+    if isinstance(x.target, torch._ops.OpOverload):
+        return str(x.target.overloadpacket)
+    return x.target.__name__ if callable(x.target) else x.op
+
+
+def literal(x: Any) -> Any:
+    """A node that is one constant number, as that number; everything else as it is."""
+    if isinstance(x, Node) and x.target in (aten.full.default, aten.scalar_tensor.default):
+        number = x.args[-1]
+        if isinstance(number, (int, float)) and value(x).dim() == 0:
+            return number
+    return x
+
+
+def term(node: Node) -> Term:
+    """The canonical reading of a call."""
+    name = head(node)
+    if not isinstance(node.target, torch._ops.OpOverload):
+        operands = [a for a in node.args if isinstance(a, Node)]
+        rest = {str(i): a for i, a in enumerate(node.args) if not isinstance(a, Node)}
+        return Term(name, tuple(operands), rest)
+    operands, literals = [], {}
+    for i, argument in enumerate(node.target._schema.arguments):
+        given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
+        if argument.name in BOOKKEEPING:
+            continue
+        given = literal(given)
+        if isinstance(given, (list, tuple)) and any(isinstance(g, Node) and is_tensor(g) for g in given):
+            operands.extend(given)
+            literals[argument.name] = tuple(g is None for g in given)  # which of a list's places are filled
+        elif is_tensor(given) or (
+            str(argument.type) in ("Tensor", "number") and given is not None and name in COMMUTES
+        ):
+            operands.append(given)
+        else:
+            literals[argument.name] = value(given) if isinstance(given, Node) else given
+    operands = [o for o in operands if o is not None]
+    _positive_from_the_right(name, operands, literals)
+    tags = node.target.tags
+    commutes = name in COMMUTES and literals.get("alpha", 1) == 1
+    return Term(name, tuple(operands), literals, commutes, torch.Tag.pointwise in tags)
+
+
+def _positive_from_the_right(name: str, operands: list[Any], literals: dict[str, Any]) -> None:
+    """Dims counted from the last axis (-1), so that extra leading axes do not matter; slice bounds from the first."""
+    tensors = [o for o in operands if is_tensor(o)]
+    if not tensors:
+        return
+    rank = value(tensors[0]).dim()
+    for key in ("dim", "dims"):
+        dim = literals.get(key)
+        if isinstance(dim, int):
+            literals[key] = dim - rank if dim >= 0 else dim
+        elif isinstance(dim, (list, tuple)):
+            fixed = [d - rank if isinstance(d, int) and d >= 0 else d for d in dim]
+            literals[key] = tuple(fixed if name == "aten.permute" else sorted(fixed))
+    if name == "aten.slice":
+        size = shape(tensors[0])[literals["dim"]]
+        for key, default in (("start", 0), ("end", size)):
+            bound = default if literals[key] is None else literals[key]
+            literals[key] = size + bound if known(bound < 0) else size if known(bound >= size) else bound
+
+
+# Model source lines
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n\s*([^\n]*)')
+
+
+def where(node: Node) -> str:
+    """The model's own source line behind a node: `file.py:12 code`; torch's own frames are passed over."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    own = [f for f in frames if "/torch/" not in f[0]] or frames
+    if not own:
+        return "unknown line"
+    file, line, _, code = own[-1]
+    return f"{file.rsplit('/', 1)[-1]}:{line} {code.strip()}"
+
+
+# Canonical form
+
+
+def canonicalise(graph: fx.Graph) -> None:
+    """Drop what computes nothing, merge equal nodes, and write x * x as x ** 2."""
+    seen: dict[Any, Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if node.target is aten.mul.Tensor and node.args[0] is node.args[1]:
+            node.target, node.args = aten.pow.Tensor_Scalar, (node.args[0], 2)
+        replacement = node.args[0] if _is_nothing(node) else _earlier_equal(node, seen)
+        if replacement is not None:
+            node.replace_all_uses_with(replacement)
+            graph.erase_node(node)
+
+
+def _escapes(node: Node) -> bool:
+    """Whether the value, or a view of it, leaves the graph: then its storage must stay its own."""
+    return any(u.op == "output" or u.target is aten.copy_.default for u in users(node))
+
+
+def _is_nothing(node: Node) -> bool:
+    """A view to the same shape, a cast to the same dtype, a product with 1. Clones stay: they may part storages."""
+    product = node.target is aten.mul.Tensor and isinstance(node.args[1], (int, float)) and node.args[1] == 1
+    if not (
+        product or node.target is CAST or node.target in VIEWS - {aten.clone.default, aten.lift_fresh_copy.default}
+    ):
+        return False
+    if not is_tensor(node.args[0]) or _escapes(node):
+        return False
+    a, b = value(node.args[0]), value(node)
+    return a.dtype == b.dtype and same_shape(a.shape, b.shape) and same_shape(a.stride(), b.stride())
+
+
+def _frozen(x: Any) -> Any:
+    if isinstance(x, (list, tuple)):
+        return tuple(_frozen(i) for i in x)
+    if isinstance(x, slice):
+        return ("slice", x.start, x.stop, x.step)
+    return (type(x), repr(x)) if isinstance(x, float) else (type(x), x)
+
+
+def _earlier_equal(node: Node, seen: dict[Any, Node]) -> Node | None:
+    tags = node.target.tags
+    if node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in tags or "empty" in head(node):
+        return None
+    if _escapes(node):
+        return None
+    kwargs = tuple((k, _frozen(v)) for k, v in sorted(node.kwargs.items()))
+    key = node.target, _frozen(node.args), kwargs
+    try:
+        first = seen.setdefault(key, node)
+    except TypeError:  # an argument that cannot be hashed, such as a symbolic size
+        return None
+    return None if first is node else first
+
+
+# Editing
+
+
+@contextmanager
+def undone_on_error(graph: fx.Graph) -> Iterator[None]:
+    """Nodes that were added are taken out again if the block raises. Replace uses only after all that can fail."""
+    before = set(graph.nodes)
+    try:
+        yield
+    except BaseException:
+        for node in reversed([n for n in graph.nodes if n not in before]):
+            graph.erase_node(node)
+        raise
+
+
+def call(graph: fx.Graph, target: Any, args: Sequence[Any], like: Node) -> Node:
+    """Add a call with its fake value; the model source line is that of `like`."""
+    fake = target(*fx.node.map_arg(tuple(args), value))
+    node = graph.call_function(target, tuple(args))
+    node.meta["val"] = fake
+    inherit(node, like)
+    return node
+
+
+def inherit(node: Node, like: Node) -> None:
+    """Take over the model source line of another node."""
+    node.meta.update({key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta})
+
+
+def splice(graph: fx.Graph, fn: Callable[..., Any], nodes: Sequence[Node], like: Node) -> list[Node]:
+    """Write the ATen of fn(*nodes) into the graph at the insertion point; returns the nodes of its outputs.
+
+    Traced with Inductor's decompositions, as the graph itself was: a composite left in it would be an error there.
+    """
+    with torch.no_grad(), enable_python_dispatcher():
+        traced = make_fx(lambda *xs: fn(*xs), decomposition_table=select_decomp_table())(*map(value, nodes)).graph
+    traced.eliminate_dead_code()
+    copies: dict[Node, Node] = dict(zip(traced.find_nodes(op="placeholder"), nodes, strict=True))
+    for node in traced.nodes:
+        if node.op == "get_attr":
+            raise BrokenGraph(
+                "splice", f"{getattr(fn, '__name__', fn)} makes a constant tensor: build it with torch.full"
+            )
+        if node.op == "call_function":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            inherit(copies[node], like)
+    return [copies[n] for n in pytree.tree_leaves(traced.output_node().args[0]) if n is not None]
+
+
+def reshaped(graph: fx.Graph, x: Node, sizes: Sequence[Any], like: Node) -> Node:
+    """x in another shape of as many elements; a copy where its strides forbid a view."""
+    if same_shape(shape(x), sizes):
+        return x
+    if all(isinstance(s, int) for s in sizes):
+        with suppress(RuntimeError, ValueError):  # strides that no view fits
+            return call(graph, aten.view.default, (x, list(sizes)), like)
+    return splice(graph, lambda v: v.reshape(sizes), [x], like)[0]
+
+
+def depends_on(nodes: Iterable[Node], targets: set[Node], order: dict[Node, int]) -> bool:
+    """Whether any of `nodes` is computed from any of `targets`."""
+    if not targets:
+        return False
+    first = min(order[t] for t in targets)
+    todo, seen = list(nodes), set()
+    while todo:
+        node = todo.pop()
+        if node in targets:
+            return True
+        if node not in seen and order.get(node, first) >= first:
+            seen.add(node)
+            todo.extend(node.all_input_nodes)
+    return False
+
+
+def sort(graph: fx.Graph) -> None:
+    """Put nodes after their inputs again, moving as few as possible and keeping the order of the others."""
+    placed: set[Node] = set()
+    waiting: dict[Node, list[Node]] = {}
+    cursor = graph._root
+    todo = list(reversed(list(graph.nodes)))
+    while todo:
+        node = todo.pop()
+        missing = next((i for i in node.all_input_nodes if i not in placed), None)
+        if missing is not None:
+            waiting.setdefault(missing, []).append(node)
+            continue
+        placed.add(node)
+        cursor.append(node)
+        cursor = node
+        todo.extend(reversed(waiting.pop(node, [])))
+
+
+# Invariants
+
+
+def contract(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """What a graph promises to whoever runs it: dtype, shape, strides and device of every output."""
+    values = [value(n) for n in graph.output_node().all_input_nodes]
+    return [(v.dtype, tuple(v.shape), tuple(v.stride()), v.device) for v in values if isinstance(v, torch.Tensor)]
+
+
+def verify(graph: fx.Graph, stage: str) -> None:
+    """Lint, and every call has its fake value."""
+    try:
+        graph.lint()
+    except RuntimeError as error:
+        raise BrokenGraph(stage, str(error)) from error
+    for node in graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
+            raise BrokenGraph(stage, f"node {node} ({head(node)}) has no fake value")

@@ -1,0 +1,193 @@
+"""What a lowering file declares: an op by its meaning, what it costs, and who can run it.
+
+The meaning is an ordinary PyTorch function. It is the oracle of the tests, the fake (run on fake tensors), what runs
+where nobody else can, and what is inlined back into a graph. Ops are functional and return contiguous tensors.
+
+    @op("dsv4::double")
+    def double(x: Tensor, by: float) -> Tensor:
+        \"\"\"x * by.\"\"\"
+        return x * by
+
+    @double.on("cuda", arch="sm_90", when=lambda a: a.x.is_contiguous() or "x must be contiguous")
+    def _(x, by): ...
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, get_args, get_type_hints
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true as known
+
+from .errors import BadOp
+
+__all__ = ["Cost", "Implementation", "Op", "Tensor", "acc", "known", "op"]
+
+LIBRARY = torch.library.Library("dsv4", "DEF")
+TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool"}
+DEVICES = ("cuda", "cpu")
+
+
+def acc(x: Tensor) -> Tensor:
+    """At least fp32: bf16 and fp16 are raised, fp32 and fp64 stay as they are."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating-point operations, bytes read and bytes written by one call: sympy expressions of the sizes."""
+
+    flops: Any
+    read: Any
+    write: Any
+
+    def at(self, **sizes: int) -> "Cost":
+        """The numbers for given sizes."""
+        values = {sympy.Symbol(name): size for name, size in sizes.items()}
+        return Cost(*(sympy.sympify(x).subs(values) for x in (self.flops, self.read, self.write)))
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an op on one device; `when` returns True or the reason why not."""
+
+    device: str
+    arch: str | None
+    when: Callable[[Any], bool | str] | None
+    run: Callable[..., Any]
+
+    @property
+    def name(self) -> str:
+        return self.device if self.arch is None else f"{self.device} {self.arch}"
+
+    def accepts(self, arguments: dict[str, Any], device: torch.device) -> bool | str:
+        """True, or the reason why not. Arguments may be fake: only dtype, shape, strides and device may be asked."""
+        if device.type != self.device:
+            return f"runs on {self.device}, not on {device.type}"
+        if self.arch is not None and not runs_on(self.arch, torch.cuda.get_device_capability(device)):
+            return f"needs {self.arch}"
+        return True if self.when is None else self.when(SimpleNamespace(**arguments))
+
+
+def runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """ "sm_90" is that architecture alone, "sm_80+" it and all later ones."""
+    digits = arch.removeprefix("sm_").removesuffix("+")
+    wanted = int(digits[:-1]), int(digits[-1])
+    return capability >= wanted if arch.endswith("+") else capability == wanted
+
+
+@dataclass(eq=False)
+class Op:
+    """An op of the dsv4 namespace. Calling it calls torch.ops.dsv4.<name>."""
+
+    name: str
+    meaning: Callable[..., Any]
+    outputs: tuple[str, ...]
+    schema: str
+    implementations: list[Implementation] = field(default_factory=list)
+    cost_of: Callable[..., Cost] | None = None
+
+    @property
+    def target(self) -> Any:
+        """The overload that stands in graphs."""
+        return getattr(torch.ops.dsv4, self.name).default
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.target(*args, **kwargs)
+
+    def arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """All arguments by name, defaults filled in."""
+        bound = inspect.signature(self.meaning).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+    def claim(self, arguments: dict[str, Any], among: Any = DEVICES) -> tuple[Implementation | None, list[str]]:
+        """The first implementation, in order of declaration, that accepts; and why those before it did not."""
+        device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
+        reasons = []
+        for implementation in self.implementations:
+            if implementation.device not in among:
+                continue
+            verdict = implementation.accepts(arguments, device)
+            if verdict is True:
+                return implementation, reasons
+            reasons.append(f"{implementation.name}: {verdict}")
+        return None, reasons
+
+    def run(self, *args: Any) -> Any:
+        """The op on real tensors: whoever claims it, else its meaning."""
+        implementation, _ = self.claim(self.arguments(*args))
+        if implementation is not None:
+            return implementation.run(*args)
+        return self._each(self.meaning(*args), lambda x: own(x, args))
+
+    def fake(self, *args: Any) -> Any:
+        """Contiguous tensors of the shapes and dtypes that the meaning gives."""
+        return self._each(self.meaning(*args), lambda x: torch.empty(x.shape, dtype=x.dtype, device=x.device))
+
+    def _each(self, result: Any, f: Callable[[Tensor], Tensor]) -> Any:
+        return f(result) if len(self.outputs) == 1 else tuple(map(f, result))
+
+    # declarations
+
+    def on(
+        self, device: str, *, arch: str | None = None, when: Callable[[Any], bool | str] | None = None
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Declare an implementation, with the arguments of the meaning. Earlier ones are asked first."""
+        if device not in DEVICES:
+            raise BadOp(f"{self.name}.on({device!r}): the devices are {', '.join(DEVICES)}")
+
+        def declare(run: Callable[..., Any]) -> Callable[..., Any]:
+            self.implementations.append(Implementation(device, arch, when, run))
+            return run
+
+        return declare
+
+    def cost(self, fn: Callable[..., Cost]) -> Callable[..., Cost]:
+        """Declare the cost: called with one sympy symbol for each parameter name of `fn`."""
+        self.cost_of = fn
+        return fn
+
+    def symbolic_cost(self) -> Cost:
+        """The cost as expressions of the sizes that its declaration names."""
+        if self.cost_of is None:
+            raise BadOp(f"{self.name} declares no cost: add @{self.name}.cost")
+        return self.cost_of(*(sympy.Symbol(name, positive=None) for name in inspect.signature(self.cost_of).parameters))
+
+
+def own(x: Tensor, inputs: tuple[Any, ...]) -> Tensor:
+    """x contiguous and in storage of its own: an op never returns a view of its inputs."""
+    x = x.contiguous()
+    storages = {i.untyped_storage()._cdata for i in inputs if isinstance(i, Tensor)}
+    return x.clone() if x.untyped_storage()._cdata in storages else x
+
+
+def op(qualified: str, outputs: tuple[str, ...] = ("out",)) -> Callable[[Callable[..., Any]], Op]:
+    """Declare `dsv4::<name>` by its meaning; parameters are annotated Tensor, Tensor | None, int, float or bool."""
+    namespace, _, name = qualified.partition("::")
+    if namespace != "dsv4" or not name.isidentifier():
+        raise BadOp(f"op {qualified!r}: the name must read dsv4::<name>")
+
+    def declare(meaning: Callable[..., Any]) -> Op:
+        hints = get_type_hints(meaning)
+        returns = hints.pop("return", None)
+        count = len(get_args(returns)) or 1
+        if count != len(outputs):
+            raise BadOp(f"{qualified}: returns {returns}, but names the outputs {outputs}")
+        parameters = inspect.signature(meaning).parameters
+        wrong = [p for p in parameters if hints.get(p) not in TYPES]
+        if wrong:
+            raise BadOp(f"{qualified}: parameter {wrong[0]!r} must be Tensor, Tensor | None, int, float or bool")
+        text = ", ".join(f"{TYPES[hints[p]]} {p}" for p in parameters)
+        schema = f"{name}({text}) -> ({', '.join(['Tensor'] * count)})"
+        new = Op(name, meaning, outputs, schema)
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(name, new.run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"dsv4::{name}", new.fake, lib=LIBRARY)
+        return new
+
+    return declare

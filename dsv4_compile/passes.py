@@ -1,0 +1,146 @@
+"""The pipeline, at Inductor's joint hook: canonicalise, raise and fuse, lower, inline back, verify."""
+
+import time
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Node
+
+from .config import Config
+from .errors import BrokenGraph, DSV4Warning, RuleFailed
+from .graph import canonicalise, contract, head, is_tensor, value, verify, where
+from .identity import identity
+from .match import Match, Rule
+from .op import DEVICES, Op
+from .report import GraphReport, Report
+from .rewrite import Refused, inline, rewrite
+from .trace import pattern_of
+from .unify import Pattern
+
+
+class Front:
+    """The rules of one configuration on one device type, with their patterns: traced on first use, each rewritten by the
+    rules before it, so that both sides of a match went through the same front end."""
+
+    def __init__(self, rules: tuple[Rule, ...], device: str):
+        self.rules, self.device = rules, device
+        self.traced: dict[Rule, list[Pattern]] = {}
+
+    def patterns(self, rule: Rule) -> Sequence[Pattern]:
+        if rule not in self.traced:
+            self.traced[rule] = [self.raised(s.trace(self.device), rule) for s in rule.spellings]
+        return self.traced[rule]
+
+    def raised(self, pattern: Pattern, rule: Rule) -> Pattern:
+        for earlier in self.rules[: self.rules.index(rule)]:
+            for anchor in anchors(pattern.graph, earlier):
+                self.try_at(earlier, anchor, GraphReport())
+        return pattern_of(pattern.graph, pattern.inputs, pattern.scalars, pattern.integers)
+
+    def try_at(self, rule: Rule, anchor: Node, report: GraphReport) -> None:
+        """Rewrite at this anchor if the rule matches there; note the match or the near miss."""
+        found = rule.attempt(rule, anchor, self.patterns)
+        if isinstance(found, Match):
+            try:
+                rewrite(anchor.graph, found)
+                report.matched(found)
+            except Refused as reason:
+                report.misses.append(rule.miss(anchor, "a block that can be replaced", str(reason), where(anchor)))
+        elif found is not None:
+            report.misses.append(found)
+
+
+@lru_cache(maxsize=64)
+def front(rules: tuple[Rule, ...], device: str) -> Front:
+    return Front(rules, device)
+
+
+def anchors(graph: fx.Graph, rule: Rule) -> list[Node]:
+    return [n for n in graph.nodes if n.op == "call_function" and head(n) == rule.anchor]
+
+
+class PassManager(CustomGraphPass):
+    """All of our passes as the one object that Inductor calls, for the graphs of one compile."""
+
+    def __init__(self, config: Config, rules: tuple[Rule, ...], ops: tuple[Op, ...]):
+        self.config = config
+        self.rules = tuple(r for r in rules if config.enabled(r.name))
+        self.ops = {op.target: op for op in ops}
+        self.report = Report(fusions=tuple(dict.fromkeys(r.name for r in rules)))
+        self.seen: dict[fx.Graph, int] = {}  # graphs of this compile, by their place in the report
+
+    def uuid(self) -> str:
+        """Identity for Inductor's caches: our sources and the configuration."""
+        return identity(self.config)
+
+    def __call__(self, graph: fx.Graph) -> None:
+        start, report = time.perf_counter(), GraphReport(nodes_before=len(graph.nodes))
+        promised = contract(graph)
+        canonicalise(graph)
+        rules = front(self.rules, device_type(graph))
+        for rule in rules.rules:
+            for anchor in anchors(graph, rule):
+                if not anchor._erased:
+                    self.guarded(rules, rule, anchor, report)
+        report.finish(graph)
+        self.lower(graph, report)
+        graph.eliminate_dead_code()
+        verify(graph, "the dsv4 passes")
+        if not agree(contract(graph), promised):
+            raise BrokenGraph("the dsv4 passes", f"outputs were {promised}, are {contract(graph)}")
+        report.nodes_after = len(graph.nodes)
+        report.seconds = time.perf_counter() - start
+        self.record(graph, report)
+
+    def guarded(self, rules: Front, rule: Rule, anchor: Node, report: GraphReport) -> None:
+        """One attempt; a rule that raises is an error if strict, else a warning. The graph is as it was either way."""
+        place = where(anchor)
+        try:
+            rules.try_at(rule, anchor, report)
+        except Exception as error:
+            failure = RuleFailed(rule.qualified, rule.source, place, error)
+            if self.config.strict:
+                raise failure from error
+            warnings.warn(str(failure), DSV4Warning, stacklevel=2)
+
+    def lower(self, graph: fx.Graph, report: GraphReport) -> None:
+        """Ask who can run each op; put back the meaning of those that nobody claims."""
+        among = tuple(d for d in DEVICES if self.config.may_lower_to(d))
+        claimed: set[Node] = set()
+        while open_ := [n for n in graph.nodes if n.target in self.ops and n not in claimed]:
+            for node in open_:
+                op = self.ops[node.target]
+                arguments = {k: value(a) for k, a in op.arguments(*node.args, **node.kwargs).items()}
+                implementation, reasons = op.claim(arguments, among)
+                if implementation is not None:
+                    claimed.add(node)
+                    report.runs[op.name, implementation.name] += 1
+                else:
+                    report.runs[op.name, f"inlined: {'; '.join(reasons) or 'no implementation'}"] += 1
+                    inline(graph, node, op)
+
+    def record(self, graph: fx.Graph, report: GraphReport) -> None:
+        """File the report; find the region bodies that this graph calls."""
+        self.seen[graph] = len(self.report.graphs)
+        self.report.graphs.append(report)
+        for node in graph.find_nodes(op="get_attr"):
+            body = getattr(getattr(graph.owning_module, node.target, None), "graph", None)
+            if body in self.seen:
+                report.bodies[self.seen[body]] += len(node.users)
+        self.report.settle()
+
+
+def agree(new: list[tuple], old: list[tuple]) -> bool:
+    """Same dtypes, shapes and devices; strides may have become contiguous."""
+    return len(new) == len(old) and all(
+        a[0] == b[0] and a[3] == b[3] and len(a[1]) == len(b[1]) for a, b in zip(new, old, strict=True)
+    )
+
+
+def device_type(graph: fx.Graph) -> str:
+    """Where the graph runs: on the first accelerator that one of its inputs is on, else on the CPU."""
+    devices = [value(n).device.type for n in graph.find_nodes(op="placeholder") if is_tensor(n)]
+    return next((d for d in devices if d != "cpu"), "cpu")

@@ -1,0 +1,192 @@
+"""Put an op in the place of a match, or say why not. Nothing of the graph changes until everything has been checked."""
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx import Node
+
+from .errors import BadRule
+from .graph import (
+    CAST,
+    RESHAPES,
+    aten,
+    call,
+    depends_on,
+    head,
+    is_cast,
+    is_tensor,
+    known,
+    reshaped,
+    shape,
+    sort,
+    splice,
+    undone_on_error,
+    unwiden,
+    value,
+)
+from .match import Match
+from .op import Op
+from .unify import outside_users
+
+
+class Refused(Exception):
+    """This match cannot be rewritten; the message says why."""
+
+
+def rewrite(graph: fx.Graph, match: Match) -> None:
+    """Replace the match by one call of its op. Raises Refused, and whatever the op's meaning raises; both leave the graph
+    as it was."""
+    for inside, user in outside_users(match.inner, set(match.outputs)):
+        if head(inside) not in match.rule.shared:
+            raise Refused(f"{inside} ({head(inside)}) is also read by {user} ({head(user)})")
+    verdict = True if match.rule.check is None else match.rule.check(match)
+    if verdict is not True:
+        raise Refused(str(verdict))
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    arguments = _in_order(match.rule.op, match.arguments, graph)
+    if depends_on((a for a in arguments.values() if isinstance(a, Node)), set(match.outputs), order):
+        raise Refused("an input is computed from an output")
+    first = min(match.outputs, key=order.__getitem__)
+    inputs = [a for a in arguments.values() if isinstance(a, Node)]
+    last = max(inputs, key=order.__getitem__, default=first)
+    late = order[last] > order[first]
+    position = last.next if late else first
+    with undone_on_error(graph), graph.inserting_before(position):
+        replacements = _replacements(graph, match, arguments)
+    for old, new in replacements:
+        old.replace_all_uses_with(new)
+    erase_dead([*(old for old, _ in replacements), *match.inner])
+    if late:
+        sort(graph)
+
+
+def _in_order(op: Op, given: dict[str, Any], graph: fx.Graph) -> dict[str, Any]:
+    """The op's arguments by name; symbolic sizes as the nodes that hold them."""
+    try:
+        arguments = op.arguments(**given)
+    except TypeError as error:
+        raise BadRule(f"dsv4::{op.name}: {error}; the rule captured {', '.join(given)}") from error
+    for name, a in arguments.items():
+        if isinstance(a, torch.SymInt):
+            sizes = (n for n in graph.nodes if isinstance(n.meta.get("val"), torch.SymInt))
+            arguments[name] = next((n for n in sizes if known(n.meta["val"] == a)), None)
+            if arguments[name] is None:
+                raise Refused(f"{name} is symbolic ({a}) and no node of the graph holds it")
+    return arguments
+
+
+def _replacements(graph: fx.Graph, match: Match, arguments: dict[str, Any]) -> list[tuple[Node, Node]]:
+    """Call the op and give each replaced value its shape and dtype: (old, new) pairs.
+
+    Casts around a block are its own business: with the inputs as they were before they were widened and the outputs
+    after they are rounded, the op does both. Where that does not fit, it is given exactly what the block was given.
+    """
+    op, like = match.rule.op, match.outputs[0]
+    widest = max((value(o).dtype for o in match.outputs), key=lambda d: d.is_floating_point * d.itemsize)
+    reason = ""
+    for prepare in (unwiden, lambda x: x, lambda x: _widened(graph, x, widest, like)):
+        args = [prepare(_flat(graph, a, match.ranks.get(n), like)) if is_tensor(a) else a for n, a in arguments.items()]
+        node = call(graph, op.target, args, like)
+        values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else (node.meta["val"],)
+        landings = [landing(o, v.dtype) for o, v in zip(match.outputs, values, strict=True)]
+        if all(landings):
+            news = (
+                [node]
+                if len(values) == 1
+                else [call(graph, operator.getitem, (node, i), like) for i in range(len(values))]
+            )
+            return [(o, _fitted(graph, n, o)) for o, n in zip(landings, news, strict=True) if o is not None]
+        reason = ", ".join(
+            f"{value(o).dtype} of {o} from {v.dtype}" for o, v in zip(match.outputs, values, strict=True)
+        )
+        erase_dead([node])
+    raise Refused(f"would lose precision: {reason}")
+
+
+def landing(old: Node, dtype: torch.dtype) -> Node | None:
+    """The node that a value of `dtype` can replace: `old`, or the cast to `dtype` that is all that is made of it."""
+    node = old
+    while value(node).dtype != dtype:
+        readers = list(node.users)
+        if len(readers) != 1 or not (is_cast(readers[0]) or readers[0].target in RESHAPES):
+            return old if _holds(dtype, value(old).dtype) else None
+        node = readers[0]
+    return node
+
+
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether a value of `wide` can be rounded to `narrow` without having lost anything before."""
+    return wide.is_floating_point == narrow.is_floating_point and wide.itemsize > narrow.itemsize
+
+
+def _widened(graph: fx.Graph, x: Node, dtype: torch.dtype, like: Node) -> Node:
+    return call(graph, CAST, (x, dtype), like) if _holds(dtype, value(x).dtype) else x
+
+
+def _flat(graph: fx.Graph, x: Node, rank: int | None, like: Node) -> Node:
+    """x with its leading axes multiplied together until it has the `rank` that the pattern gave it."""
+    if rank is None or len(shape(x)) <= rank:
+        return x
+    lead = len(shape(x)) - rank + 1
+    source = unwiden(x)
+    flat = reshaped(graph, source, (_product(shape(x)[:lead]), *shape(x)[lead:]), like)
+    return flat if source is x else call(graph, CAST, (flat, value(x).dtype), like)
+
+
+def _product(sizes: Iterable[Any]) -> Any:
+    result = 1
+    for s in sizes:
+        result = result * s
+    return result
+
+
+def _fitted(graph: fx.Graph, new: Node, old: Node) -> Node:
+    """`new` in the shape and dtype of `old`."""
+    if value(new).dtype != value(old).dtype:
+        new = call(graph, CAST, (new, value(old).dtype), old)
+    return reshaped(graph, new, shape(old), old)
+
+
+def erase_dead(nodes: Iterable[Node]) -> None:
+    """Erase nodes that nobody reads, and what only they read. Writes stay."""
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node._erased or node.users or node.op != "call_function" or node.is_impure():
+            continue
+        todo.extend(node.all_input_nodes)
+        node.graph.erase_node(node)
+
+
+# Back to ATen
+
+
+def inline(graph: fx.Graph, node: Node, op: Op) -> None:
+    """Put the meaning of an op in its place, contiguous as the op is."""
+    arguments = op.arguments(*node.args, **node.kwargs)
+    tensors = {name: a for name, a in arguments.items() if isinstance(a, Node)}
+
+    def meaning(*xs: Any) -> Any:
+        return op.meaning(**(arguments | dict(zip(tensors, xs, strict=True))))
+
+    with undone_on_error(graph), graph.inserting_before(node):
+        outs = [_contiguous(graph, o) for o in splice(graph, meaning, list(tensors.values()), node)]
+    if len(op.outputs) == 1:
+        node.replace_all_uses_with(outs[0])
+    else:
+        for item in list(node.users):
+            item.replace_all_uses_with(outs[item.args[1]])
+            graph.erase_node(item)
+    graph.erase_node(node)
+
+
+def _contiguous(graph: fx.Graph, x: Node) -> Node:
+    if value(x).is_contiguous():
+        return x
+    copy: Callable[..., Any] = aten.clone.default
+    node = graph.call_function(copy, (x,), {"memory_format": torch.contiguous_format})
+    node.meta.update(x.meta, val=copy(value(x), memory_format=torch.contiguous_format))
+    return node
