@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from torch import fx
+from torch._guards import tracing
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
 from .config import Config
@@ -31,7 +33,8 @@ class Front:
 
     def patterns(self, rule: Rule) -> Sequence[Pattern]:
         if rule not in self.traced:
-            self.traced[rule] = [self.raised(s.trace(self.device), rule) for s in rule.spellings]
+            with unset_fake_temporarily(), tracing(None):  # patterns belong to no compile
+                self.traced[rule] = [self.raised(s.trace(self.device), rule) for s in rule.spellings]
         return self.traced[rule]
 
     def raised(self, pattern: Pattern, rule: Rule) -> Pattern:

@@ -4,9 +4,13 @@
 """
 
 from ..op import Op
-from . import norm
+from . import norm, pointwise
 
 OPS: tuple[Op, ...] = (
+    pointwise.softmax,
+    pointwise.silu,
+    pointwise.softplus,
+    pointwise.swiglu,
     norm.rms_norm,
     norm.unit_norm,
 )

@@ -5,9 +5,15 @@ it emits; it knows no devices and no kernels.
 """
 
 from ..match import Rule
-from . import norm
+from . import norm, pointwise
 
 RULES: tuple[Rule, ...] = (
+    pointwise.last_axis,
+    pointwise.second_last_axis,
+    pointwise.decomposed,
+    pointwise.gated,
+    pointwise.thresholded,
+    pointwise.clamped,
     norm.weighted,
     norm.unweighted,
 )
