@@ -4,7 +4,7 @@
 """
 
 from ..op import Op
-from . import norm, pointwise
+from . import attention, compressor, norm, pointwise
 
 OPS: tuple[Op, ...] = (
     pointwise.softmax,
@@ -13,4 +13,6 @@ OPS: tuple[Op, ...] = (
     pointwise.swiglu,
     norm.rms_norm,
     norm.unit_norm,
+    compressor.compressor,
+    attention.attention,
 )

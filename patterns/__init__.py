@@ -5,7 +5,7 @@ it emits; it knows no devices and no kernels.
 """
 
 from ..match import Rule
-from . import norm, pointwise
+from . import attention, compressor, norm, pointwise
 
 RULES: tuple[Rule, ...] = (
     pointwise.last_axis,
@@ -16,4 +16,10 @@ RULES: tuple[Rule, ...] = (
     pointwise.clamped,
     norm.weighted,
     norm.unweighted,
+    compressor.overlap,
+    compressor.plain,
+    attention.window_only,
+    attention.window_and_entries,
+    attention.window_only_scaled,
+    attention.window_and_entries_scaled,
 )

@@ -122,7 +122,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the trailing dr channels of x [..., d] in interleaved pairs; cos, sin [..., dr/2]. The first d - dr
     channels carry no position. With -sin it is the inverse rotation."""
     dr = 2 * cos.shape[-1]
-    nope, a, b = x[..., :-dr], acc(x[..., -dr::2]), acc(x[..., 1 - dr :: 2])
+    nope, pairs = x[..., :-dr], acc(x[..., -dr:])
+    a, b = pairs[..., 0::2], pairs[..., 1::2]
     rotated = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
     return torch.cat([nope, rotated.to(x.dtype)], -1)
 

@@ -1,0 +1,81 @@
+"""The attention core: gather rows by index lists, one softmax with a sink, weighted sum of the same rows."""
+
+import torch
+
+from dsv4_compile.lowerings.attention import attention
+from dsv4_compile.lowerings.pointwise import softmax
+from dsv4_compile.match import Match, Scalar, T, rule, shape
+
+LIST = torch.int64
+QUERY = dict(q=T(3, 5, 6, 7), keys=T(3, 11, 7), window=T(3, 5, 13, dtype=LIST), sink=T(6))
+ENTRIES = dict(entries=T(3, 17, 7), index=T(3, 5, 19, dtype=LIST))
+
+
+def take(x, index):
+    batch = torch.arange(x.shape[0], device=x.device).view(-1, 1, 1)
+    return x[batch, index.clamp(min=0)]
+
+
+def logits(q, rows, window, scale):
+    return q @ rows.transpose(-1, -2) * scale
+
+
+def with_sink(s, sink):
+    """The sink as one more logit, whose probability goes nowhere."""
+    s = torch.cat([s, sink.unsqueeze(-1).expand(*s.shape[:-1], 1)], -1)
+    return torch.softmax(s, -1)[..., :-1]
+
+
+def on_window(s, sink, W):
+    return torch.cat([s[..., :W] + sink.unsqueeze(-1), s[..., W:]], -1)
+
+
+def absent(s, lists):
+    return s.masked_fill((lists < 0).unsqueeze(2), float("-inf"))
+
+
+SHARED = ("aten.clamp_min", "aten.lt", "aten.cat", "aten.full")  # of index lists, which layers have in common
+
+
+def declare(match: Match, sink_on_window: bool) -> bool | str:
+    a = match.arguments
+    a.setdefault("entries", None)
+    a.setdefault("index", None)
+    a["sink_on_window"] = sink_on_window
+    return len(shape(a["q"])) == 4 or "q is not [B, T, h, d]"
+
+
+def denominator(match: Match) -> bool | str:
+    return declare(match, False)
+
+
+def swa_scale(match: Match) -> bool | str:
+    return declare(match, True)
+
+
+@rule(attention, name="fuse.attention", anchor=softmax, example=QUERY, check=denominator, shared=SHARED)
+def window_only(q, keys, window, sink, scale: Scalar):
+    rows = take(keys, window)
+    return with_sink(absent(logits(q, rows, window, scale), window), sink) @ rows
+
+
+@rule(attention, name="fuse.attention", anchor=softmax, example=QUERY | ENTRIES, check=denominator, shared=SHARED)
+def window_and_entries(q, keys, window, entries, index, sink, scale: Scalar):
+    rows = torch.cat([take(keys, window), take(entries, index)], 2)
+    lists = torch.cat([window, index], 2)
+    return with_sink(absent(logits(q, rows, lists, scale), lists), sink) @ rows
+
+
+@rule(attention, name="fuse.attention", anchor=softmax, example=QUERY, check=swa_scale, shared=SHARED)
+def window_only_scaled(q, keys, window, sink, scale: Scalar):
+    rows = take(keys, window)
+    s = on_window(logits(q, rows, window, scale), sink, window.shape[-1])
+    return torch.softmax(absent(s, window), -1) @ rows
+
+
+@rule(attention, name="fuse.attention", anchor=softmax, example=QUERY | ENTRIES, check=swa_scale, shared=SHARED)
+def window_and_entries_scaled(q, keys, window, entries, index, sink, scale: Scalar):
+    rows = torch.cat([take(keys, window), take(entries, index)], 2)
+    lists = torch.cat([window, index], 2)
+    s = on_window(logits(q, rows, lists, scale), sink, window.shape[-1])
+    return torch.softmax(absent(s, lists), -1) @ rows
