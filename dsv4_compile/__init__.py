@@ -10,7 +10,12 @@ from typing import Any
 __version__ = "0.1.0"
 
 # public name -> module of this package that defines it
-_HOME: dict[str, str] = {}
+_HOME: dict[str, str] = {
+    "Config": "config",
+    "Report": "report",
+    "explain": "explaining",
+    "reports": "report",
+}
 
 __all__ = ["__version__", *_HOME]
 

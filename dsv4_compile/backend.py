@@ -12,6 +12,7 @@ from . import config as configuration
 from .errors import GRADIENTS, NO_COMPILER, DSV4Warning, NoCompiler
 
 if TYPE_CHECKING:
+    from .passes import PassManager
     from .report import Report
 
 
@@ -27,16 +28,27 @@ def backend(
 
     Raises UnknownName or BadValue for options that are not understood, NoCompiler where Inductor cannot work.
     """
-    from torch._inductor.compile_fx import compile_fx
-
     from .lowerings import OPS
     from .op import DEVICES
     from .passes import PassManager
     from .patterns import RULES
-    from .report import HISTORY
 
     config = configuration.resolve(options, mode, passes={r.name for r in RULES}, devices=DEVICES)
-    manager = PassManager(config, RULES, OPS)
+    return build(gm, example_inputs, PassManager(config, RULES, OPS), observe)
+
+
+def build(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    manager: "PassManager",
+    observe: "Callable[[Report], None] | None" = None,
+) -> Callable[..., Any]:
+    """Compile with the given passes."""
+    from torch._inductor.compile_fx import compile_fx
+
+    from .report import HISTORY
+
+    config = manager.config
     eager = chosen_inner(config.inner, example_inputs) == "eager"
     patches: dict[str, Any] = {"triton.cudagraphs": True} if config.cudagraphs else {}
     if eager or config.explain:
