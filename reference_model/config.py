@@ -1,7 +1,7 @@
 """Shape of a DeepSeek-V4 model: one frozen, validated record with Hugging Face's field names.
 
-`DSV4Config` takes what a published `config.json` holds, legacy spellings included (`hf_config.fold` resolves them), refuses
-what it does not know, and checks every rule of the architecture once, so that no module has to check again.
+`DSV4Config` takes what a published `config.json` holds, legacy spellings included (`hf_config.fold` resolves them),
+refuses what it does not know, and checks every rule of the architecture once, so that no module has to check again.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ YARN = {"type": "yarn", "factor": 16, "beta_fast": 32, "beta_slow": 1, "original
 
 
 class FrozenDict(dict[str, Any]):
-    """A dict that refuses writes, so that a config can be hashed, shared and trusted; still JSON and `dict` to all readers."""
+    """A dict that refuses writes, so that a config can be hashed and shared; a plain `dict` to all readers."""
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("a DSV4Config is read-only: make a changed copy with config.replace(...)")
 
-    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))
@@ -38,11 +38,11 @@ class FrozenDict(dict[str, Any]):
 
 @dataclass(frozen=True, init=False)
 class DSV4Config:
-    """Every size and switch of a DeepSeek-V4 model.  Defaults are those of Flash; the schedule's is CSA on even layers from 2.
+    """Every size and switch of a DeepSeek-V4 model.  Defaults: Flash's sizes and schedule (CSA on even layers from 2).
 
     Keyword arguments are Hugging Face's, legacy keys too (`compress_ratios`, `compress_rate_csa`, `compress_rate_hca`,
     `num_hash_layers`, `partial_rotary_factor`, `rope_parameters`, `quantization_config` + `expert_dtype`, ...).
-    Raises TypeError for a name that is neither, with the nearest known one, and ValueError for a value that breaks a rule.
+    Raises TypeError for an unknown name, with the nearest known one, and ValueError for a value that breaks a rule.
     """
 
     vocab_size: int = 129280
@@ -57,7 +57,7 @@ class DSV4Config:
     o_groups: int = 8  # g
     o_lora_rank: int = 1024  # dg
     sliding_window: int = 128  # W, self included
-    compress_rates: Mapping[str, int] = FrozenDict(RATES)  # noqa: RUF009 (read-only)
+    compress_rates: Mapping[str, int] = FrozenDict(RATES)
     index_n_heads: int = 64
     index_head_dim: int = 128
     index_topk: int = 512  # K
@@ -98,7 +98,7 @@ class DSV4Config:
     )
 
     def __init__(self, **given: Any) -> None:
-        known = {field.name: field.default for field in fields(self)}
+        known: dict[str, Any] = {field.name: field.default for field in fields(self)}
         layers = given.get("num_hidden_layers", self.num_hidden_layers)
         config_rules.positive_integer("num_hidden_layers", layers)
         chosen = hf_config.fold(given, known)
@@ -119,9 +119,8 @@ class DSV4Config:
             object.__setattr__(self, name, value)
         config_rules.check(self)
 
-    # -- reading ------------------------------------------------------------------------------------------------------------
     def rate(self, layer_type: str) -> int:
-        """Tokens in one compressed entry of a layer type: 0 for sliding_attention, which has none, else 4 or 128 as released."""
+        """Tokens in one compressed entry of a layer type; 0 for sliding_attention, which has no entries."""
         if layer_type != SWA and layer_type not in self.compress_rates:
             raise ValueError(f"layer type {layer_type!r}: expected one of {SWA!r}, {CSA!r}, {HCA!r}")
         return 0 if layer_type == SWA else self.compress_rates[layer_type]
@@ -136,12 +135,11 @@ class DSV4Config:
         """The schedule in the released spelling: one rate a layer, then a 0 for every MTP block."""
         return tuple(self.rate(kind) for kind in self.layer_types) + (0,) * self.num_nextn_predict_layers
 
-    # -- copies and exchange ------------------------------------------------------------------------------------------------
     def replace(self, **changes: Any) -> DSV4Config:
         """A changed and newly validated copy; takes the same names as the constructor.
 
-        Another `num_hidden_layers` alone cuts the schedule, or continues it (CSA on even layers, HCA on odd, learned routers);
-        another `expert_format` alone sets `mtp_expert_format` to its default again.
+        Another `num_hidden_layers` alone cuts the schedule, or continues it (CSA on even layers, HCA on odd, learned
+        routers); another `expert_format` alone sets `mtp_expert_format` to its default again.
         """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         for replaced, by in hf_config.SUPERSEDES.items():
@@ -157,7 +155,7 @@ class DSV4Config:
 
     @classmethod
     def from_hf(cls, config: Any) -> DSV4Config:
-        """From a Hugging Face `DeepseekV4Config` (anything with `to_dict()`), or from the mapping in a `config.json`."""
+        """From a Hugging Face `DeepseekV4Config` (anything with `to_dict()`), or the mapping in a `config.json`."""
         return cls(**(config if isinstance(config, Mapping) else config.to_dict()))
 
     @classmethod
@@ -177,7 +175,6 @@ class DSV4Config:
         """The content of a `config.json` that Hugging Face and this class both read back to the same model."""
         return hf_config.unfold(self)
 
-    # -- the released models, and two for tests and experiments -------------------------------------------------------------
     @classmethod
     def flash(cls) -> DSV4Config:
         """DeepSeek-V4-Flash as released: 284 B parameters, FP8 linears, MXFP4 experts."""
@@ -230,7 +227,7 @@ class DSV4Config:
 
     @classmethod
     def nano(cls) -> DSV4Config:
-        """A byte-level model small enough to train on a CPU: 256 bytes, then bos 256, eos 257, pad 258, one id unused."""
+        """A byte-level model that trains on a CPU: 256 bytes, then bos 256, eos 257, pad 258; 259 is unused."""
         return cls(
             vocab_size=260,
             hidden_size=192,
@@ -260,8 +257,8 @@ def rope_frequencies(config: DSV4Config, which: str) -> torch.Tensor:
     """Angles per position of the rotary pairs, fp32 [qk_rope_head_dim / 2] on the CPU.
 
     `which` is "main" (sliding layers: theta 1e4, never scaled) or "compress" (CSA and HCA layers, their entries and the
-    indexer: theta 1.6e5, YaRN by parts where `rope_scaling` is set, without its attention factor).  Written in the order of
-    operations of transformers, so that both give the same bits.  Source: DeepSeek-V4, RoPE.
+    indexer: theta 1.6e5, YaRN by parts where `rope_scaling` is set, without its attention factor).  Written in the
+    order of operations of transformers, so that both give the same bits.  Source: DeepSeek-V4, RoPE.
     """
     if which not in ("main", "compress"):
         raise ValueError(f"rope {which!r}: expected 'main' or 'compress'")

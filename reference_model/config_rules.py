@@ -1,4 +1,4 @@
-"""The rules a DeepSeek-V4 config must keep.  Every error names the field, its value, what was expected and the way out."""
+"""The rules of a DeepSeek-V4 config.  Every error names the field, its value, what was expected and the way out."""
 
 from __future__ import annotations
 
@@ -26,11 +26,27 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "mtp_expert_format": ("none", "fp8", "mxfp4", "nvfp4"),
 }
 POSITIVE_INTEGERS = (
-    "vocab_size hidden_size moe_intermediate_size num_hidden_layers num_attention_heads head_dim qk_rope_head_dim q_lora_rank "
-    "o_groups o_lora_rank sliding_window index_n_heads index_head_dim index_topk n_routed_experts num_experts_per_tok hc_mult "
-    "hc_sinkhorn_iters max_position_embeddings"
-).split()
-POSITIVE = "routed_scaling_factor swiglu_limit hc_eps rms_norm_eps initializer_range".split()
+    "vocab_size",
+    "hidden_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
+    "qk_rope_head_dim",
+    "q_lora_rank",
+    "o_groups",
+    "o_lora_rank",
+    "sliding_window",
+    "index_n_heads",
+    "index_head_dim",
+    "index_topk",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "hc_mult",
+    "hc_sinkhorn_iters",
+    "max_position_embeddings",
+)
+POSITIVE = ("routed_scaling_factor", "swiglu_limit", "hc_eps", "rms_norm_eps", "initializer_range")
 BLOCK = {
     "none": 1,
     "fp8": 1,
@@ -89,8 +105,9 @@ def _check_shapes(c: DSV4Config) -> None:
     )
     for field, format in formats.items():
         for name in ("hidden_size", "moe_intermediate_size"):
-            expected = f"must be a multiple of {BLOCK[format]}, the scale block of {field}={format!r}; or choose 'none' or 'fp8'"
-            _require(getattr(c, name) % BLOCK[format] == 0, c, name, expected)
+            block = BLOCK[format]
+            expected = f"must be a multiple of {block}, the block of {field}={format!r}; or choose 'none' or 'fp8'"
+            _require(getattr(c, name) % block == 0, c, name, expected)
 
 
 def _check_schedule(c: DSV4Config) -> None:
@@ -103,14 +120,14 @@ def _check_schedule(c: DSV4Config) -> None:
         kinds = getattr(c, name)
         if len(kinds) != c.num_hidden_layers:
             raise ValueError(
-                f"{name} has {len(kinds)} entries, expected num_hidden_layers={c.num_hidden_layers}: give one entry a layer"
+                f"{name} has {len(kinds)} entries: expected one a layer, num_hidden_layers={c.num_hidden_layers}"
             )
         for layer, kind in enumerate(kinds):
             if kind not in allowed:
                 raise ValueError(f"{name}[{layer}]={kind!r}: expected one of {', '.join(map(repr, allowed))}")
     if HASH in c.mlp_layer_types[c.num_hash_layers :]:
         raise ValueError(
-            f"mlp_layer_types={c.mlp_layer_types!r}: the {HASH!r} layers must be the first ones; or pass num_hash_layers alone"
+            f"mlp_layer_types={c.mlp_layer_types!r}: {HASH!r} layers must come first; or pass num_hash_layers alone"
         )
 
 

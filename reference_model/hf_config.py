@@ -7,22 +7,56 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from . import formats
 from .schedule import CSA, HCA, RATES, SWA, default_mlp_layer_types
 
 if TYPE_CHECKING:
     from .config import DSV4Config
 
 LEGACY = (
-    "compress_ratios compress_rate_csa compress_rate_hca num_hash_layers partial_rotary_factor rope_parameters "
-    "quantization_config expert_dtype num_local_experts intermediate_size"
-).split()
-# Said by a config.json, of no meaning to the mathematics of inference.
-INFORMATIVE = frozenset(
-    "architectures auto_map torch_dtype dtype transformers_version use_cache topk_method output_router_logits "
-    "router_aux_loss_coef router_jitter_noise output_hidden_states output_attentions return_dict chunk_size_feed_forward "
-    "is_encoder_decoder id2label label2id problem_type name_or_path pretraining_tp n_group topk_group ep_size "
-    "first_k_dense_replace moe_layer_freq aux_loss_alpha seq_aux attn_implementation experts_implementation".split()
+    "compress_ratios",
+    "compress_rate_csa",
+    "compress_rate_hca",
+    "num_hash_layers",
+    "partial_rotary_factor",
+    "rope_parameters",
+    "quantization_config",
+    "expert_dtype",
+    "num_local_experts",
+    "intermediate_size",
 )
+# Said by a config.json, of no meaning to the mathematics of inference.
+INFORMATIVE = {
+    "architectures",
+    "auto_map",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "use_cache",
+    "topk_method",
+    "output_router_logits",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
+    "output_hidden_states",
+    "output_attentions",
+    "return_dict",
+    "chunk_size_feed_forward",
+    "is_encoder_decoder",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "name_or_path",
+    "pretraining_tp",
+    "n_group",
+    "topk_group",
+    "ep_size",
+    "first_k_dense_replace",
+    "moe_layer_freq",
+    "aux_loss_alpha",
+    "seq_aux",
+    "attn_implementation",
+    "experts_implementation",
+}
 # A changed name on the right makes the present value of the field on the left void (see DSV4Config.replace).
 SUPERSEDES = {
     "layer_types": {"compress_ratios"},
@@ -41,7 +75,7 @@ SUPERSEDES = {
 YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1}
 YARN_KEYS = ("type", "factor", "beta_fast", "beta_slow", "original_max_position_embeddings")
 # In a rope dict but said elsewhere (theta, rotary share), or of no effect here: V4 never scales cos and sin.
-ROPE_ASIDES = frozenset("rope_type rope_theta partial_rotary_factor attention_factor mscale mscale_all_dim".split())
+ROPE_ASIDES = {"rope_type", "rope_theta", "partial_rotary_factor", "attention_factor", "mscale", "mscale_all_dim"}
 
 
 def fold(given: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,7 +96,7 @@ def fold(given: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     value = {**known, **chosen}
     _fold_rope(chosen, given, value)
     _fold_schedule(chosen, given, value)
-    for name, format in formats(given, value["num_hidden_layers"]).items():
+    for name, format in formats.folded(given, value["num_hidden_layers"]).items():
         chosen.setdefault(name, format)
     if isinstance(chosen.get("eos_token_id"), list | tuple) and len(chosen["eos_token_id"]) == 1:
         chosen["eos_token_id"] = chosen["eos_token_id"][0]
@@ -88,7 +122,7 @@ def _agree(chosen: dict[str, Any], name: str, spelling: str, value: Any) -> None
 
 
 def _fold_rope(chosen: dict[str, Any], given: Mapping[str, Any], value: Mapping[str, Any]) -> None:
-    """`rope_parameters` is flat (then it is `rope_scaling`) or nested by rope; the nested thetas are the ones HF computes with."""
+    """Both keys may be flat or nested by rope ("main", "compress"); nested thetas are those that Hugging Face uses."""
     share = given.get("partial_rotary_factor")
     if share is not None:
         _agree(chosen, "qk_rope_head_dim", "head_dim * partial_rotary_factor", int(value["head_dim"] * share))
@@ -161,7 +195,7 @@ def _fold_schedule(chosen: dict[str, Any], given: Mapping[str, Any], value: Mapp
                 )
             if i >= layers and ratio:
                 raise ValueError(
-                    f"compress_ratios[{i}]={ratio!r} lies past num_hidden_layers={layers}, so it describes an MTP block: expected 0"
+                    f"compress_ratios[{i}]={ratio!r} is past num_hidden_layers={layers}, of an MTP block: expected 0"
                 )
         _agree(
             chosen,
@@ -181,43 +215,6 @@ def _like(present: Any, value: Iterable[str]) -> Any:
     return list(value) if isinstance(present, list) else tuple(value)
 
 
-def formats(given: Mapping[str, Any], layers: int) -> dict[str, str]:
-    """Storage formats that a `quantization_config` says; empty without one.
-
-    Official: FP8 linears; experts by `expert_dtype`, "fp4" is MXFP4, else FP8.  ModelOpt: `moe_quant_algo` NVFP4 turns the
-    experts that `quantized_layers` lists (all main layers when there is no list) into NVFP4 and leaves the others as official.
-    """
-    quantization = given.get("quantization_config")
-    if not quantization:
-        return {}
-    method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
-    if method not in ("fp8", "modelopt"):
-        raise ValueError(
-            f"quantization_config.quant_method={method!r}: expected 'fp8' (official) or 'modelopt' (NVFP4 experts)"
-        )
-    if block is not None and list(block) != [128, 128]:
-        raise ValueError(f"quantization_config.weight_block_size={block!r}: expected [128, 128]")
-    dtype = quantization.get("expert_dtype") or given.get("expert_dtype") or "fp8"
-    if dtype not in ("fp4", "fp8"):
-        raise ValueError(f"expert_dtype={dtype!r}: expected 'fp4' or 'fp8'")
-    official = "mxfp4" if dtype == "fp4" else "fp8"
-    found = {"linear_format": "fp8", "expert_format": official, "mtp_expert_format": official}
-    if str(quantization.get("moe_quant_algo") or quantization.get("quant_algo")).upper() == "NVFP4":
-        listed = quantization.get("quantized_layers")
-        if listed is None or any(_lists(listed, f"layers.{i}") for i in range(layers)):
-            found["expert_format"] = "nvfp4"
-        if listed is not None and (_lists(listed, "mtp.0") or _lists(listed, f"layers.{layers}")):
-            found["mtp_expert_format"] = "nvfp4"
-    return found
-
-
-def _lists(listed: Mapping[str, Any] | Iterable[str], block: str) -> bool:
-    """Whether a ModelOpt layer map names the experts of a block, as a whole or one by one."""
-    return any(
-        name.removeprefix("model.").replace(".mlp.", ".ffn.").startswith(f"{block}.ffn.experts") for name in listed
-    )
-
-
 def unfold(config: DSV4Config) -> dict[str, Any]:
     """The `config.json` of a config: published keys and Hugging Face's, and ours only where those cannot say it."""
     ours = ("sink_mode", "hash_gate", "linear_format", "expert_format", "mtp_expert_format")
@@ -232,36 +229,10 @@ def unfold(config: DSV4Config) -> dict[str, Any]:
         written["compress_ratios"] = list(config.compress_ratios)
     written["num_hash_layers"] = config.num_hash_layers
     if config.linear_format == "fp8":
-        written["quantization_config"] = quantization_config(config)
+        written["quantization_config"] = formats.quantization_config(config)
         written["expert_dtype"] = "fp8" if config.expert_format == "fp8" else "fp4"
-    said = formats(written, config.num_hidden_layers)
+    said = formats.folded(written, config.num_hidden_layers)
     written.update(
         {name: getattr(config, name) for name in ours[2:] if said.get(name, "none") != getattr(config, name)}
     )
     return written
-
-
-def quantization_config(config: DSV4Config) -> dict[str, Any]:
-    """What the official release, or for NVFP4 experts ModelOpt, writes about its formats."""
-    official = {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "scale_fmt": "ue8m0",
-        "weight_block_size": [128, 128],
-        "activation_scheme": "dynamic",
-    }
-    if config.expert_format != "nvfp4":
-        return official
-    experts = {
-        f"layers.{i}.ffn.experts": {"quant_algo": "NVFP4", "group_size": 16} for i in range(config.num_hidden_layers)
-    }
-    if config.mtp_expert_format == "nvfp4":
-        experts |= {
-            f"mtp.{i}.ffn.experts": {"quant_algo": "NVFP4", "group_size": 16}
-            for i in range(config.num_nextn_predict_layers)
-        }
-    kept = ["layers.*.attn.*", "layers.*.ffn.shared_experts.*", "head"] + (
-        ["mtp.*"] if config.mtp_expert_format != "nvfp4" else []
-    )
-    modelopt = {"quant_algo": "MIXED_PRECISION", "moe_quant_algo": "NVFP4", "group_size": 16}
-    return official | modelopt | {"quantized_layers": experts, "ignore": kept}

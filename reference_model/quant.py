@@ -1,8 +1,9 @@
 """Block-quantised weights: FP8 (e4m3, 128 x 128 blocks), MXFP4 and NVFP4 (e2m1, 32 and 16 columns a block).
 
-All functions are plain PyTorch without branches on values, so they trace, and run on the meta device. `dequantize` is what a
-compiler sees in front of every quantised matmul: it has no table, since a table would be a constant copied to the device at
-every call, which CUDA graphs forbid; e2m1 is decoded by arithmetic instead.  Source: DeepSeek-V4, Checkpoints.
+`dequantize` and `quantize` are plain PyTorch without branches on values, so they trace, and run on the meta device.
+`dequantize` is what a compiler sees in front of every quantised matmul: it has no table, since a table would be a
+constant copied to the device at every call, which CUDA graphs forbid; e2m1 is decoded by arithmetic instead.
+Source: DeepSeek-V4, Checkpoints.
 """
 
 import torch
@@ -20,9 +21,10 @@ def dequantize(
 ) -> Tensor:
     """Stored weight -> fp32 [..., N, K]; with format "none" the weight itself, in its own dtype.
 
-    fp8: weight e4m3 [..., N, K], scale e8m0 or fp32 [..., ceil(N/128), ceil(K/128)].  mxfp4: weight uint8 [..., N, K/2], the
-    low nibble is the even column, scale e8m0 [..., N, K/32].  nvfp4: weight as mxfp4, scale e4m3 [..., N, K/16], scale_2 fp32
-    [...].  All scales multiply.  The e8m0 byte 255 is NaN.
+    fp8: weight e4m3 [..., N, K], scale e8m0 or fp32 [..., ceil(N/128), ceil(K/128)].
+    mxfp4: weight uint8 [..., N, K/2], the low nibble is the even column, scale e8m0 [..., N, K/32].
+    nvfp4: weight as mxfp4, scale e4m3 [..., N, K/16], scale_2 fp32 [...].
+    All scales multiply; the e8m0 byte 255 is NaN.
     """
     if format == "none":
         return weight
@@ -54,9 +56,10 @@ def _e2m1(packed: Tensor) -> Tensor:
 def quantize(weight: Tensor, format: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Float weight [..., N, K] -> (weight, scale, scale_2) as `dequantize` takes them; what a format lacks is None.
 
-    Power-of-two scales are the least with which the block's largest magnitude fits (fp8 amax/448, mxfp4 amax/6); nvfp4 has
-    scale_2 = amax/2688 of the matrix and e4m3 block scales amax/6/scale_2. Codes round to nearest, ties to the even one.
-    RMS error on Gaussian weights: fp8 2.7 %, mxfp4 11.6 %, nvfp4 9.5 %. A block with a NaN or an infinity becomes NaN.
+    Power-of-two scales are the least with which the block's largest magnitude fits (fp8 amax/448, mxfp4 amax/6); nvfp4
+    has scale_2 = amax/2688 of the matrix and e4m3 block scales amax/6/scale_2.  Codes round to nearest, ties to
+    even.  RMS error on Gaussian weights: fp8 2.7 %, mxfp4 11.6 %, nvfp4 9.5 %.  A block with a NaN or an infinity, and
+    for nvfp4 its matrix, becomes NaN.
     Raises ValueError where K is no multiple of the block of a 4-bit format.
     """
     if format == "none":
@@ -104,7 +107,7 @@ def _pack_e2m1(x: Tensor) -> Tensor:
 
 
 def mxfp4_to_nvfp4(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """MXFP4 -> NVFP4 of exactly the same values: the codes stay, scale_2 = 2^(k - 8) for the largest scale 2^k of a matrix.
+    """MXFP4 -> NVFP4 of the same values: the codes stay, scale_2 = 2^(k - 8) for the largest scale 2^k of a matrix.
 
     Raises ValueError where a block with a nonzero code lies more than 2^17 below the largest, which e4m3 cannot span.
     """
