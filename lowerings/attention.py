@@ -76,10 +76,10 @@ def _(q, keys, window, sink, entries, index, scale, sink_on_window):
                 inside = W
             none = None if n == 1 else lists < 0
             rows = torch.empty(n, lists.shape[1], d, dtype=keys.dtype)
-            rows[:, :inside] = keys[b].index_select(0, lists[:, :inside].reshape(-1).clamp_(min=0)).view(n, inside, d)
+            rows[:, :inside] = keys[b].index_select(0, lists[:, :inside].reshape(-1).clamp(min=0)).view(n, inside, d)
             if K:
                 rest = lists[:, inside:]
-                rows[:, inside:] = entries[b].index_select(0, rest.reshape(-1).clamp_(min=0)).view(n, -1, d)
+                rows[:, inside:] = entries[b].index_select(0, rest.reshape(-1).clamp(min=0)).view(n, -1, d)
             rows = rows.to(wide)
             s = torch.bmm(q[b, part].to(wide) * scale, rows.transpose(1, 2))  # [n, h, W + K]
             if sink_on_window:

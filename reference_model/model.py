@@ -347,7 +347,9 @@ def blocked_mm(x: Tensor, w: Tensor, ends: Tensor, block: int = 32) -> Tensor:
     number = torch.arange(M // block + X, device=x.device)
     group = torch.searchsorted(block_ends, number, right=True).clamp(max=X - 1)  # of each block
     first = starts[group] + (number - block_starts[group]) * block  # its first row
-    row = first.unsqueeze(1) + torch.arange(block, device=x.device)  # [blocks, block]; what runs over is never read back
+    row = first.unsqueeze(1) + torch.arange(
+        block, device=x.device
+    )  # [blocks, block]; what runs over is never read back
     y = x[row.clamp(max=M - 1)] @ w[group].transpose(-1, -2)  # [blocks, block, J]
     row = torch.arange(M, device=x.device)
     group = torch.searchsorted(ends, row, right=True)
@@ -507,9 +509,7 @@ class DSV4(nn.Module):
         start = state.position - (T if lengths is None else lengths)
         return self.predict(tokens, streams, self.step(start, T, lengths, state), state.layers[len(self.layers)])
 
-    def predict(
-        self, tokens: Tensor, streams: Tensor, step: Step, state: LayerState | None
-    ) -> tuple[Tensor, Tensor]:
+    def predict(self, tokens: Tensor, streams: Tensor, step: Step, state: LayerState | None) -> tuple[Tensor, Tensor]:
         """The MTP block, its own head and norm, the shared embedding and vocabulary."""
         block = self.mtp[0]
         X, _, _ = Block.forward(block, block.join(self.embed(tokens), streams), tokens, step, state)
@@ -547,7 +547,9 @@ class DSV4(nn.Module):
         if state is not None:
             limit, name = state.max_len, "the max_len of this state"
             if state.position.shape[0] != B:
-                raise ValueError(f"tokens have batch {B}, the state was made for {state.position.shape[0]}: new_state({B}, ...)")
+                raise ValueError(
+                    f"tokens have batch {B}, the state was made for {state.position.shape[0]}: new_state({B}, ...)"
+                )
         if not 1 <= T <= limit:
             raise ValueError(f"a call takes 1 to {limit} tokens a row ({name}), got {T}")
         if last is not None and not 1 <= last <= T:
