@@ -231,8 +231,7 @@ def unfold(config: DSV4Config) -> dict[str, Any]:
     if config.linear_format == "fp8":
         written["quantization_config"] = formats.quantization_config(config)
         written["expert_dtype"] = "fp8" if config.expert_format == "fp8" else "fp4"
-    said = formats.folded(written, config.num_hidden_layers)
-    written.update(
-        {name: getattr(config, name) for name in ours[2:] if said.get(name, "none") != getattr(config, name)}
-    )
+    kept = {name: getattr(config, name) for name in ours[2:]}
+    if dict.fromkeys(kept, "none") | formats.folded(written, config.num_hidden_layers) != kept:
+        written |= kept
     return written
