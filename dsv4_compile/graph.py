@@ -6,7 +6,7 @@ overloads, defaults, the sign of dims and bookkeeping arguments (dtype, device, 
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from .errors import BrokenGraph
 
@@ -87,6 +89,13 @@ def strip(x: Node) -> Node:
 def unwiden(x: Node) -> Node:
     """Below casts that lose nothing (bf16 to fp32)."""
     while is_cast(x) and value(x.args[0]).dtype.itemsize < x.args[1].itemsize:
+        x = x.args[0]
+    return x
+
+
+def unexpanded(x: Any) -> Any:
+    """Below `expand`: what is broadcast."""
+    while isinstance(x, Node) and x.target is aten.expand.default:
         x = x.args[0]
     return x
 
@@ -166,10 +175,8 @@ def term(node: Node) -> Term:
         if isinstance(given, (list, tuple)) and any(isinstance(g, Node) and is_tensor(g) for g in given):
             operands.extend(given)
             literals[argument.name] = tuple(g is None for g in given)  # which of a list's places are filled
-        elif is_tensor(given) or (
-            str(argument.type) in ("Tensor", "number") and given is not None and name in COMMUTES
-        ):
-            operands.append(given)
+        elif is_tensor(given) or (name in COMMUTES and argument.name != "alpha"):
+            operands.append(given)  # x + 1 reads as x + y
         else:
             literals[argument.name] = value(given) if isinstance(given, Node) else given
     operands = [o for o in operands if o is not None]
@@ -325,10 +332,55 @@ def reshaped(graph: fx.Graph, x: Node, sizes: Sequence[Any], like: Node) -> Node
     """x in another shape of as many elements; a copy where its strides forbid a view."""
     if same_shape(shape(x), sizes):
         return x
-    if all(isinstance(s, int) for s in sizes):
-        with suppress(RuntimeError, ValueError):  # strides that no view fits
-            return call(graph, aten.view.default, (x, list(sizes)), like)
-    return splice(graph, lambda v: v.reshape(sizes), [x], like)[0]
+    if not view_fits(value(x), sizes):
+        x = contiguous(graph, x, like)
+    node = graph.call_function(aten.view.default, (x, [size_node(graph, s) for s in sizes]))
+    node.meta["val"] = value(x).view(sizes)
+    inherit(node, like)
+    return node
+
+
+def view_fits(x: torch.Tensor, sizes: Sequence[Any]) -> bool:
+    try:
+        x.view(sizes)
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
+def contiguous(graph: fx.Graph, x: Node, like: Node) -> Node:
+    """x itself if it is contiguous, else a copy that is."""
+    if value(x).is_contiguous():
+        return x
+    node = graph.call_function(aten.clone.default, (x,), {"memory_format": torch.contiguous_format})
+    node.meta["val"] = aten.clone.default(value(x), memory_format=torch.contiguous_format)
+    inherit(node, like)
+    return node
+
+
+def size_node(graph: fx.Graph, size: Any) -> Any:
+    """A size as it may stand in an argument list: an int, or nodes that compute it from the graph's inputs."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    symbols = {s: fx.Proxy(_symbol_node(graph, s)) for s in size.node.expr.free_symbols}
+    result = sympy_interp(PythonReferenceAnalysis, symbols, size.node.expr)
+    node = result.node
+    node.meta["val"] = size
+    return node
+
+
+def _symbol_node(graph: fx.Graph, symbol: Any) -> Node:
+    """An input that is the symbol, or the size of one."""
+    for node in graph.find_nodes(op="placeholder"):
+        val = node.meta.get("val")
+        if isinstance(val, torch.SymInt) and val.node.expr == symbol:
+            return node
+    for node in graph.find_nodes(op="placeholder"):
+        if is_tensor(node):
+            for dim, s in enumerate(shape(node)):
+                if isinstance(s, torch.SymInt) and s.node.expr == symbol:
+                    return call(graph, aten.sym_size.int, (node, dim), node)
+    raise BrokenGraph("a rewrite", f"no input of the graph holds the size {symbol}")
 
 
 def depends_on(nodes: Iterable[Node], targets: set[Node], order: dict[Node, int]) -> bool:

@@ -1,7 +1,7 @@
 """Put an op in the place of a match, or say why not. Nothing of the graph changes until everything has been checked."""
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,15 +12,15 @@ from .errors import BadRule
 from .graph import (
     CAST,
     RESHAPES,
-    aten,
     call,
+    contiguous,
     depends_on,
     head,
     is_cast,
     is_tensor,
-    known,
     reshaped,
     shape,
+    size_node,
     sort,
     splice,
     undone_on_error,
@@ -46,7 +46,7 @@ def rewrite(graph: fx.Graph, match: Match) -> None:
     if verdict is not True:
         raise Refused(str(verdict))
     order = {node: i for i, node in enumerate(graph.nodes)}
-    arguments = _in_order(match.rule.op, match.arguments, graph)
+    arguments = _in_order(match.rule.op, match.arguments)
     if depends_on((a for a in arguments.values() if isinstance(a, Node)), set(match.outputs), order):
         raise Refused("an input is computed from an output")
     first = min(match.outputs, key=order.__getitem__)
@@ -63,19 +63,12 @@ def rewrite(graph: fx.Graph, match: Match) -> None:
         sort(graph)
 
 
-def _in_order(op: Op, given: dict[str, Any], graph: fx.Graph) -> dict[str, Any]:
-    """The op's arguments by name; symbolic sizes as the nodes that hold them."""
+def _in_order(op: Op, given: dict[str, Any]) -> dict[str, Any]:
+    """The op's arguments by name."""
     try:
-        arguments = op.arguments(**given)
+        return op.arguments(**given)
     except TypeError as error:
         raise BadRule(f"dsv4::{op.name}: {error}; the rule captured {', '.join(given)}") from error
-    for name, a in arguments.items():
-        if isinstance(a, torch.SymInt):
-            sizes = (n for n in graph.nodes if isinstance(n.meta.get("val"), torch.SymInt))
-            arguments[name] = next((n for n in sizes if known(n.meta["val"] == a)), None)
-            if arguments[name] is None:
-                raise Refused(f"{name} is symbolic ({a}) and no node of the graph holds it")
-    return arguments
 
 
 def _replacements(graph: fx.Graph, match: Match, arguments: dict[str, Any]) -> list[tuple[Node, Node]]:
@@ -88,7 +81,10 @@ def _replacements(graph: fx.Graph, match: Match, arguments: dict[str, Any]) -> l
     widest = max((value(o).dtype for o in match.outputs), key=lambda d: d.is_floating_point * d.itemsize)
     reason = ""
     for prepare in (unwiden, lambda x: x, lambda x: _widened(graph, x, widest, like)):
-        args = [prepare(_flat(graph, a, match.ranks.get(n), like)) if is_tensor(a) else a for n, a in arguments.items()]
+        args = [
+            prepare(_flat(graph, a, match.ranks.get(n), like)) if is_tensor(a) else size_node(graph, a)
+            for n, a in arguments.items()
+        ]
         node = call(graph, op.target, args, like)
         values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else (node.meta["val"],)
         landings = [landing(o, v.dtype) for o, v in zip(match.outputs, values, strict=True)]
@@ -173,7 +169,7 @@ def inline(graph: fx.Graph, node: Node, op: Op) -> None:
         return op.meaning(**(arguments | dict(zip(tensors, xs, strict=True))))
 
     with undone_on_error(graph), graph.inserting_before(node):
-        outs = [_contiguous(graph, o) for o in splice(graph, meaning, list(tensors.values()), node)]
+        outs = [contiguous(graph, o, node) for o in splice(graph, meaning, list(tensors.values()), node)]
     if len(op.outputs) == 1:
         node.replace_all_uses_with(outs[0])
     else:
@@ -181,12 +177,3 @@ def inline(graph: fx.Graph, node: Node, op: Op) -> None:
             item.replace_all_uses_with(outs[item.args[1]])
             graph.erase_node(item)
     graph.erase_node(node)
-
-
-def _contiguous(graph: fx.Graph, x: Node) -> Node:
-    if value(x).is_contiguous():
-        return x
-    copy: Callable[..., Any] = aten.clone.default
-    node = graph.call_function(copy, (x,), {"memory_format": torch.contiguous_format})
-    node.meta.update(x.meta, val=copy(value(x), memory_format=torch.contiguous_format))
-    return node

@@ -25,6 +25,7 @@ from .graph import (
     shape,
     strip,
     term,
+    unexpanded,
     users,
     value,
     where,
@@ -209,6 +210,8 @@ class Search:
     def operand_shapes(self, a: Term, operands: Sequence[Any], binding: Binding) -> bool:
         trial = binding.copy()
         for p, m in zip(a.operands, operands, strict=True):
+            if a.pointwise:
+                p, m = unexpanded(p), unexpanded(m)
             if is_tensor(p) and is_tensor(m) and not self.shapes(shape(p), shape(m), trial, broadcast=a.pointwise):
                 return False
         return True
