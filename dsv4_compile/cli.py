@@ -1,0 +1,69 @@
+"""The command line. `dsv4 run` is the main job; bad input ends with one line on stderr and exit code 2."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Option = typer.Option
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def dsv4() -> None:
+    """dsv4_compile: a torch.compile backend for DeepSeek-V4."""
+
+
+@app.command()
+def run(
+    model: Annotated[
+        Path | None,
+        Option(metavar="DIR", help="Checkpoint folder or .safetensors file; the packaged nano if left out."),
+    ] = None,
+    prompt: Annotated[str, Option(help="Text to continue.")] = "def ",
+    max_new_tokens: Annotated[int, Option(help="Tokens to generate.")] = 128,
+    temperature: Annotated[float, Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, Option(help="Seed of the sampling.")] = 0,
+    device: Annotated[str | None, Option(help="cpu, cuda or cuda:N; CUDA where there is one.")] = None,
+    dtype: Annotated[str | None, Option(help="Compute dtype, such as bfloat16; as stored if left out.")] = None,
+    disable: Annotated[
+        str | None, Option(metavar="GLOBS", help="Passes to leave out, such as 'fuse.moe,raise.*'.")
+    ] = None,
+    inner: Annotated[
+        str | None, Option(help="inductor, or eager to run the rewritten graph op by op without generated code.")
+    ] = None,
+    compare: Annotated[str | None, Option(metavar="inductor", help="Also time plain torch.compile.")] = None,
+    report: Annotated[Path | None, Option(metavar="FILE", help="Write the result as JSON.")] = None,
+) -> None:
+    """Generate text with a compiled model, then compare it with eager: sites, compile time, speed, accuracy."""
+    from .inputs import InputError
+    from .run import Ask
+    from .run import run as do
+    from .screen import Screen
+
+    screen = Screen()
+    try:
+        check_writable(report)
+        result = do(
+            Ask(model, prompt, max_new_tokens, temperature, seed, device, dtype, disable, inner, compare), screen
+        )
+    except InputError as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
+        raise typer.Exit(2) from None
+    screen.table(result)
+    if report is not None:
+        report.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        screen.note(f"report written to {report}")
+
+
+def check_writable(report: Path | None) -> None:
+    """Refuse a report file that cannot be written before the work, not after it."""
+    from .inputs import InputError
+
+    if report is not None and (report.is_dir() or not report.absolute().parent.is_dir()):
+        raise InputError(f"--report {report}: expected a file in a folder that exists")
+
+
+def main() -> None:
+    app(prog_name="dsv4")
