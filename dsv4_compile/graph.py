@@ -198,12 +198,18 @@ def _positive_from_the_right(name: str, operands: list[Any], literals: dict[str,
             literals[key] = dim - rank if dim >= 0 else dim
         elif isinstance(dim, (list, tuple)):
             fixed = [d - rank if isinstance(d, int) and d >= 0 else d for d in dim]
-            literals[key] = tuple(fixed if name == "aten.permute" else sorted(fixed))
+            literals[key] = _moved(fixed) if name == "aten.permute" else tuple(sorted(fixed))
     if name == "aten.slice":
         size = shape(tensors[0])[literals["dim"]]
         for key, default in (("start", 0), ("end", size)):
             bound = default if literals[key] is None else literals[key]
             literals[key] = size + bound if known(bound < 0) else size if known(bound >= size) else bound
+
+
+def _moved(dims: list[int]) -> tuple[int, ...]:
+    """The end of a permutation from the first axis on that does not stay where it is."""
+    still = next((i for i, d in enumerate(dims) if d != i - len(dims)), len(dims))
+    return tuple(dims[still:])
 
 
 # Model source lines
