@@ -189,14 +189,12 @@ def stored(model: DSV4, config: DSV4Config) -> DSV4:
 def report(folder: Path, held: list[bytes], shipped: bytes, device: torch.device, limit: int, say) -> None:
     """Held-out bits per byte of both checkpoints as loaded from disk, beside gzip and xz."""
     torch.set_float32_matmul_precision("highest")
-    texts = {"shipped 64 KiB": shipped, "all held-out": b"".join(held)[: limit or None]}
+    models = [load(folder / f"{name}.safetensors", device) for name in ("bf16", "nano")]
+    texts = {"shipped 64 KiB": shipped, "all held-out": b"".join(held)}
     say("\nbits per byte             bf16   stored   ratio    gzip      xz")
     for title, text in texts.items():
         text = text[: limit or None]
-        bits = [
-            bits_per_byte(load(folder / f"{name}.safetensors").to(device), text, device=device)
-            for name in ("bf16", "nano")
-        ]
+        bits = [bits_per_byte(model, text, batch=8, device=device) for model in models]
         squeezed = [
             8 * len(f) / len(text)
             for f in (gzip.compress(text, 9), lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))

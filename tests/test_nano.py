@@ -90,12 +90,18 @@ def test_bytes_and_tokens() -> None:
 
 
 def test_bits_per_byte_of_a_known_model() -> None:
-    class Uniform(torch.nn.Module):
+    class Repeats(torch.nn.Module):
         def forward(self, tokens):
-            assert tokens[0, 0] == nano.BOS
-            return torch.zeros(*tokens.shape, 256)
+            seen.append(tokens)
+            return F.one_hot(tokens, 257) * 2.0
 
-    assert nano.bits_per_byte(Uniform(), bytes(range(100)), length=33) == pytest.approx(8.0)
+    text = bytes([*range(49), 48, 0])  # one byte in 51 is the one before it
+    bits = [math.log2(math.exp(2) + 256) - gain / math.log(2) for gain in (0, 2)]
+    for batch, shapes in ((1, [(1, 20), (1, 20), (1, 11)]), (3, [(2, 20), (1, 11)]), (2, [(2, 20), (1, 11)])):
+        seen: list[torch.Tensor] = []
+        have = nano.bits_per_byte(Repeats(), text, length=20, batch=batch)
+        assert have == pytest.approx((50 * bits[0] + bits[1]) / 51)
+        assert [tuple(t.shape) for t in seen] == shapes and all((t[:, 0] == nano.BOS).all() for t in seen)
 
 
 def test_sampler_draws_the_text() -> None:

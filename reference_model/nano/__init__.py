@@ -32,14 +32,19 @@ def heldout() -> bytes:
 
 
 @torch.no_grad()
-def bits_per_byte(model: nn.Module, text: bytes, length: int = 2048, device: torch.device | str = "cpu") -> float:
+def bits_per_byte(
+    model: nn.Module, text: bytes, length: int = 2048, batch: int = 1, device: torch.device | str = "cpu"
+) -> float:
     """Mean -log2 p of every byte of `text`, read in windows of `length` bytes that each begin anew with bos.
 
-    Comparable with 8 x compressed / original size of a compressor; `model(tokens [1, length])` gives logits.
+    Comparable with 8 x compressed / original size of a compressor. `model(tokens [batch, length])` gives logits; the
+    last call may be smaller.
     """
+    windows = [encode(text[start : start + length]) for start in range(0, len(text), length)]
+    whole = len(text) // length
+    groups = [windows[i : min(i + batch, whole)] for i in range(0, whole, batch)] + [windows[whole:]]
     nats = 0.0
-    for start in range(0, len(text), length):
-        tokens = encode(text[start : start + length]).to(device)
-        logits = model(tokens[None, :-1])[0]
-        nats += F.cross_entropy(logits.float(), tokens[1:], reduction="sum").item()
+    for tokens in (torch.stack(group).to(device) for group in groups if group):
+        logits = model(tokens[:, :-1]).flatten(0, 1)
+        nats += F.cross_entropy(logits.float(), tokens[:, 1:].flatten(), reduction="sum").item()
     return nats / math.log(2) / len(text)
