@@ -4,7 +4,7 @@
 """
 
 from ..op import Op
-from . import attention, compressor, norm, pointwise
+from . import attention, compressor, mhc, norm, pointwise, router, sinkhorn
 
 OPS: tuple[Op, ...] = (
     pointwise.softmax,
@@ -13,6 +13,12 @@ OPS: tuple[Op, ...] = (
     pointwise.swiglu,
     norm.rms_norm,
     norm.unit_norm,
+    sinkhorn.sinkhorn,
+    mhc.mhc_pre,
+    mhc.mhc_post,
+    mhc.mhc_head,
+    router.router,
+    router.expert_gates,
     compressor.compressor,
     attention.attention,
 )

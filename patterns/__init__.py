@@ -5,7 +5,7 @@ it emits; it knows no devices and no kernels.
 """
 
 from ..match import Rule
-from . import attention, compressor, norm, pointwise
+from . import attention, compressor, mhc, norm, pointwise, router, sinkhorn
 
 RULES: tuple[Rule, ...] = (
     pointwise.last_axis,
@@ -16,6 +16,15 @@ RULES: tuple[Rule, ...] = (
     pointwise.clamped,
     norm.weighted,
     norm.unweighted,
+    sinkhorn.chain,
+    mhc.pre,
+    mhc.pre_of_normed,
+    mhc.post,
+    mhc.post_of_sum,
+    mhc.head,
+    mhc.head_of_normed,
+    router.learned,
+    router.chosen,
     compressor.overlap,
     compressor.plain,
     attention.window_only,
