@@ -100,6 +100,7 @@ class Rule:
     check: Callable[[Match], bool | str] | None = None
     shared: frozenset[str] = frozenset()
     spellings: tuple["Spelling", ...] = ()
+    any_rank: bool = False
 
     @property
     def qualified(self) -> str:
@@ -133,13 +134,15 @@ def rule(
     example: dict[str, Any] | Sequence[dict[str, Any]],
     check: Callable[[Match], bool | str] | None = None,
     shared: Sequence[str] = (),
+    any_rank: bool = False,
 ) -> Callable[[Callable[..., Any]], Rule]:
     """Declare a rule for `op`: a function of the op's parameters, those annotated Scalar or Int captured from the graph.
 
     `example`: T(...) for each tensor parameter, a number (3 or more, unlike any size) for each Int; several dicts are
     several spellings. `anchor`: an op, or the name of an ATen op in the pattern ("topk"). `check(match)`: True, or the
     reason why this place is none; it may also fill `match.arguments` for op parameters that the function does not have.
-    `shared`: heads (as "aten.lt") whose values others may read too, because they are cheap to compute twice.
+    `shared`: heads (as "aten.lt") whose values others may read too, because they are cheap to compute twice. `any_rank`:
+    the op takes extra leading axes as they are; otherwise they are multiplied together for it.
     """
     examples = [example] if isinstance(example, dict) else list(example)
 
@@ -152,9 +155,8 @@ def rule(
                     f"{name}/{fn.__name__}: parameters {sorted(parameters.keys() - set(scalars))}, example {sorted(e)}"
                 )
         spellings = tuple(Spelling(fn, e, scalars) for e in examples)
-        return Rule(
-            op, name, fn.__name__, _anchor(anchor), _source(fn), attempt_patterns, check, frozenset(shared), spellings
-        )
+        place, kept = _source(fn), frozenset(shared)
+        return Rule(op, name, fn.__name__, _anchor(anchor), place, attempt_patterns, check, kept, spellings, any_rank)
 
     return declare
 
@@ -199,7 +201,7 @@ def attempt_patterns(self: Rule, node: Node, patterns: Patterns) -> Match | Near
 def _match(self: Rule, anchor: Node, pattern: Pattern, binding: Binding) -> Match:
     outputs = tuple(binding.nodes[strip(o)] for o in pattern.outputs)
     inner = tuple(binding.nodes[n] for n in pattern.nodes)
-    ranks = {name: len(shape(p)) for p, name in pattern.inputs.items()}
+    ranks = {} if self.any_rank else {name: len(shape(p)) for p, name in pattern.inputs.items()}
     return Match(self, anchor, captured(pattern, binding), outputs, inner, ranks, binding.sizes)
 
 

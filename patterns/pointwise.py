@@ -17,31 +17,31 @@ def along(dim: int):
     return check
 
 
-@rule(softmax, name="raise.softmax", anchor="amax", example={"x": T(5, 7)}, check=along(-1))
+@rule(softmax, name="raise.softmax", anchor="amax", example={"x": T(5, 7)}, check=along(-1), any_rank=True)
 def last_axis(x):
     return torch.softmax(x, -1)
 
 
-@rule(softmax, name="raise.softmax", anchor="amax", example={"x": T(3, 5, 7)}, check=along(-2))
+@rule(softmax, name="raise.softmax", anchor="amax", example={"x": T(3, 5, 7)}, check=along(-2), any_rank=True)
 def second_last_axis(x):
     return torch.softmax(x, -2)
 
 
-@rule(silu, name="raise.silu", anchor="neg", example={"x": T(5, 7)})
+@rule(silu, name="raise.silu", anchor="neg", example={"x": T(5)}, any_rank=True)
 def decomposed(x):
     return F.silu(x)
 
 
-@rule(silu, name="raise.silu", anchor="sigmoid", example={"x": T(5, 7)})
+@rule(silu, name="raise.silu", anchor="sigmoid", example={"x": T(5)}, any_rank=True)
 def gated(x):
     return x * torch.sigmoid(x)
 
 
-@rule(softplus, name="raise.softplus", anchor="log1p", example={"x": T(5, 7)})
+@rule(softplus, name="raise.softplus", anchor="log1p", example={"x": T(5)}, any_rank=True)
 def thresholded(x):
     return F.softplus(x)
 
 
-@rule(swiglu, name="raise.swiglu", anchor=silu, example={"gate": T(5, 7), "up": T(5, 7)})
+@rule(swiglu, name="raise.swiglu", anchor=silu, example={"gate": T(5), "up": T(5)}, any_rank=True)
 def clamped(gate, up, limit: Scalar):
     return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)

@@ -44,10 +44,12 @@ NORMS = {
     "weight left": lambda x: W * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)),
     "x times x": lambda x: torch.rsqrt(EPS + (x * x).mean(-1, True)) * x * W,
     "square": lambda x: x * (x.square().mean(dim=-1, keepdim=True) + EPS).rsqrt() * W,
-    "casts": lambda x: (W * (x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + EPS)).float()),
+    "casts": lambda x: W * (x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + EPS)).float(),
     "two casts of one value": lambda x: x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + EPS) * W,
     "views": lambda x: (x.view(4, 8) * torch.rsqrt(x.view(4, 8).pow(2).mean(1, keepdim=True) + EPS)).view(2, 2, 8) * W,
-    "weight broadcast": lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * W[None, None].expand(2, 2, 8),
+    "weight broadcast": lambda x: (
+        x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * W[None, None].expand(2, 2, 8)
+    ),
 }
 
 
@@ -116,7 +118,9 @@ def test_captured_values_reach_the_op(rewritten_by):
     def spy(logits, bias, k: Int, eps: Scalar, scale: Scalar):
         return route_body(logits, bias, k, eps, scale)
 
-    rewritten_by([spy], lambda x, b: spelled(x, b, 4, 0.25, 2), torch.randn(6, 10, dtype=torch.bfloat16), torch.randn(10))
+    rewritten_by(
+        [spy], lambda x, b: spelled(x, b, 4, 0.25, 2), torch.randn(6, 10, dtype=torch.bfloat16), torch.randn(10)
+    )
     assert (seen["k"], seen["eps"], seen["scale"], seen["experts"]) == (4, 0.25, 2.0, 10)
 
 
@@ -160,7 +164,11 @@ def test_an_interior_value_read_outside_refuses_unless_shared(rewritten_by):
     assert report.counts["t_route"] == 0 and "(aten.add) is also read by" in miss.found
 
     shared = rule(
-        t_route, name="fuse.t_route", anchor="topk", example={"logits": T(5, 11), "bias": T(11), "k": 7}, shared=("aten.add",)
+        t_route,
+        name="fuse.t_route",
+        anchor="topk",
+        example={"logits": T(5, 11), "bias": T(11), "k": 7},
+        shared=("aten.add",),
     )
     # `total` is kept for its other reader; it needs the score, which is then read outside as well
     result, report = rewritten_by([shared(route_body_rule)], f, x, bias)
@@ -282,7 +290,12 @@ def test_symbolic_sizes_are_not_specialised(rewritten_by):
         torch._dynamo.mark_dynamic(x, 1)
         torch.testing.assert_close(compiled(x, bias)[1], f(x, bias)[1])
     (manager,) = managers
-    assert manager.report.rules["raise.rms_norm"] == manager.report.rules["raise.softmax"] == manager.report.counts["t_route"] == 1
+    assert (
+        manager.report.rules["raise.rms_norm"]
+        == manager.report.rules["raise.softmax"]
+        == manager.report.counts["t_route"]
+        == 1
+    )
 
 
 # -- finders
