@@ -64,19 +64,21 @@ def quantize(weight: Tensor, format: str) -> tuple[Tensor, Tensor | None, Tensor
     """
     if format == "none":
         return weight, None, None
+    if format not in ("fp8", "mxfp4", "nvfp4"):
+        raise ValueError(f"format {format!r}: expected 'none', 'fp8', 'mxfp4' or 'nvfp4'")
+    rows, columns = weight.shape[-2:]
+    block = {"fp8": 1, "mxfp4": MXFP4_BLOCK, "nvfp4": NVFP4_BLOCK}[format]
+    if columns % block:
+        raise ValueError(f"{format} needs a multiple of {block} columns, got {columns}: choose format 'none' or 'fp8'")
+    if weight.is_meta:
+        return _empty(weight, format)
     w = weight.float()
-    rows, columns = w.shape[-2:]
     if format == "fp8":
         blocks = F.pad(w, (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK))
         blocks = blocks.unflatten(-1, (-1, FP8_BLOCK)).unflatten(-3, (-1, FP8_BLOCK))  # [..., R, 128, C, 128]
         scale = _power_of_two(blocks.abs().amax((-3, -1)), FP8_MAX)
         spread = scale.float().repeat_interleave(FP8_BLOCK, -2).repeat_interleave(FP8_BLOCK, -1)[..., :rows, :columns]
         return (w / spread).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale, None
-    if format not in ("mxfp4", "nvfp4"):
-        raise ValueError(f"format {format!r}: expected 'none', 'fp8', 'mxfp4' or 'nvfp4'")
-    block = MXFP4_BLOCK if format == "mxfp4" else NVFP4_BLOCK
-    if columns % block:
-        raise ValueError(f"{format} needs a multiple of {block} columns, got {columns}: choose format 'none' or 'fp8'")
     blocks = w.unflatten(-1, (-1, block))  # [..., N, K/block, block]
     amax = blocks.abs().amax(-1)
     if format == "mxfp4":
@@ -87,6 +89,20 @@ def quantize(weight: Tensor, format: str) -> tuple[Tensor, Tensor | None, Tensor
     scale = (amax / FP4_MAX / scale_2[..., None, None]).clamp(least, FP8_MAX).to(torch.float8_e4m3fn)
     whole = scale.float() * scale_2[..., None, None]
     return _pack_e2m1(blocks / whole.unsqueeze(-1)), scale, scale_2
+
+
+def _empty(weight: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What `quantize` would return, without computing it: Pro on the meta device takes 3 s instead of 10."""
+    *stack, rows, columns = weight.shape
+    if format == "fp8":
+        grid = (*stack, -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
+        return weight.to(torch.float8_e4m3fn), weight.new_empty(grid, dtype=torch.float8_e8m0fnu), None
+    packed = weight.new_empty((*stack, rows, columns // 2), dtype=torch.uint8)
+    if format == "mxfp4":
+        grid = (*stack, rows, columns // MXFP4_BLOCK)
+        return packed, weight.new_empty(grid, dtype=torch.float8_e8m0fnu), None
+    scale = weight.new_empty((*stack, rows, columns // NVFP4_BLOCK), dtype=torch.float8_e4m3fn)
+    return packed, scale, weight.new_empty(stack, dtype=torch.float32)
 
 
 def _power_of_two(amax: Tensor, largest: float) -> Tensor:

@@ -92,7 +92,7 @@ def read_config(path: Path) -> dict:
 
 
 def open_files(path: Path) -> dict[str, Entry]:
-    """Stored name -> entry, of a single file, of the files that an index names, or of all in a folder without one."""
+    """Stored name -> entry: of a single file, or in a folder of the files of its index, model.safetensors, or all."""
     entries: dict[str, Entry] = {}
     weight_map: dict[str, str] = {}
     if path.is_file():
@@ -101,7 +101,8 @@ def open_files(path: Path) -> dict[str, Entry]:
         weight_map = _weight_map(path / INDEX)
         files = [path / name for name in sorted(set(weight_map.values()))]
     else:
-        files = sorted(path.glob("*.safetensors"))
+        whole = path / "model.safetensors"
+        files = [whole] if whole.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{path} holds no .safetensors file: other formats must be converted first")
     absent = [file.name for file in files if not file.is_file()]
@@ -171,9 +172,12 @@ def write_files(
     for i, (file, shard) in enumerate(zip(files, shards, strict=True)):
         progress(file, i, len(shards))
         _write(path / file, {name: _owned(read(name)) for name in shard}, {"format": "pt"})
-    weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-    index = json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}, indent=2) + "\n"
-    _replace(path / INDEX, lambda file: file.write_text(index, encoding="utf-8"))
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        index = json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}, indent=2) + "\n"
+        _replace(path / INDEX, lambda file: file.write_text(index, encoding="utf-8"))
+    else:
+        (path / INDEX).unlink(missing_ok=True)
     _replace(path / "config.json", lambda file: file.write_text(text, encoding="utf-8"))
     for old in path.glob("model*.safetensors"):
         if old.name not in files and re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", old.name):
