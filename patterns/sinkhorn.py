@@ -80,14 +80,14 @@ def chain(end: Node) -> Found | str | None:
     if len(steps) < 2 and (logits is None or steps[0].dim == ROWS):
         return None  # any division by a sum
     if logits is None:
-        return f"softmax of the rows plus eps before the first division, not {head(start)}"
+        return f"softmax of the rows plus eps before the first division (it is {head(start)})"
     for i, step in enumerate(reversed(steps)):
         wanted = COLUMNS if i % 2 == 0 else ROWS
         if step.dim != wanted:
-            return f"division {i + 1} of {len(steps)} to be over {NAMES[wanted]}, not {NAMES[step.dim]}"
+            return f"division {i + 1} of {len(steps)} over {NAMES[wanted]} (it is over {NAMES[step.dim]})"
         if step.eps != eps:
-            return f"eps {eps} beside the sum of division {i + 1} of {len(steps)}, not {step.eps}"
+            return f"eps {eps} in division {i + 1} of {len(steps)} (it is {step.eps})"
     if len(steps) % 2 == 0:
-        return "columns to be divided last, not rows"
+        return f"columns divided last (division {len(steps)} is over rows)"
     nodes = (*nodes, *(n for step in steps for n in step.nodes))
     return Found({"logits": logits, "iters": (len(steps) + 1) // 2, "eps": eps}, [end], nodes)
