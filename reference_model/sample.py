@@ -26,7 +26,7 @@ def sample(
     if temperature == 0:
         return logits.argmax(-1)
     p = torch.softmax(logits.float() / temperature, -1)
-    ranked, token = p.sort(-1, descending=True, stable=True)
+    ranked, token = torch.sort(p, dim=-1, descending=True, stable=True)
     drop = ranked < min_p * ranked[:, :1]
     drop |= ranked.cumsum(-1) - ranked >= top_p
     if top_k:

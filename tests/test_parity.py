@@ -147,7 +147,13 @@ def margins(model: DSV4, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(fields=configs(), batch=st.integers(1, 3), extra=st.integers(1, 9), windows=st.integers(0, 2), seed=st.integers(0, 999))
+@given(
+    fields=configs(),
+    batch=st.integers(1, 3),
+    extra=st.integers(1, 9),
+    windows=st.integers(0, 2),
+    seed=st.integers(0, 999),
+)
 def test_logits_equal_those_of_transformers(tally, fields, batch, extra, windows, seed):
     hf, model = pair(fields, seed)
     T = windows * fields["compress_rates"][HCA] + extra
