@@ -4,9 +4,11 @@
 """
 
 from ..op import Op
-from . import attention, compressor, mhc, norm, pointwise, router, sinkhorn
+from . import attention, compressor, dequantize, grouped_mm, mhc, moe, norm, pointwise, router, sinkhorn
 
 OPS: tuple[Op, ...] = (
+    dequantize.dequantize,
+    grouped_mm.grouped_mm,
     pointwise.softmax,
     pointwise.silu,
     pointwise.softplus,
@@ -19,6 +21,7 @@ OPS: tuple[Op, ...] = (
     mhc.mhc_head,
     router.router,
     router.expert_gates,
+    moe.moe,
     compressor.compressor,
     attention.attention,
 )

@@ -5,9 +5,14 @@ it emits; it knows no devices and no kernels.
 """
 
 from ..match import Rule
-from . import attention, compressor, mhc, norm, pointwise, router, sinkhorn
+from . import attention, compressor, dequantize, grouped_mm, mhc, moe, norm, pointwise, router, sinkhorn
 
 RULES: tuple[Rule, ...] = (
+    dequantize.fp8,
+    dequantize.mxfp4,
+    dequantize.nvfp4,
+    grouped_mm.native,
+    grouped_mm.in_blocks,
     pointwise.last_axis,
     pointwise.second_last_axis,
     pointwise.decomposed,
@@ -25,6 +30,8 @@ RULES: tuple[Rule, ...] = (
     mhc.head_of_normed,
     router.learned,
     router.chosen,
+    moe.gathered,
+    moe.grouped,
     compressor.overlap,
     compressor.plain,
     attention.window_only,

@@ -1,0 +1,149 @@
+"""Routed experts: for each token, the gated sum of the k clamped SwiGLU experts that were chosen for it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+from dsv4_compile.lowerings.dequantize import dequantize, dequantized
+from dsv4_compile.lowerings.grouped_mm import grouped_mm
+from dsv4_compile.lowerings.pointwise import swiglu
+from dsv4_compile.op import Cost, Tensor, acc, known, op
+
+
+@op("dsv4::moe")
+def moe(
+    x: Tensor,
+    expert: Tensor,
+    gate: Tensor,
+    w1: Tensor,
+    w3: Tensor,
+    w2: Tensor,
+    limit: float,
+    s1: Tensor | None = None,
+    s3: Tensor | None = None,
+    s2: Tensor | None = None,
+    t1: Tensor | None = None,
+    t3: Tensor | None = None,
+    t2: Tensor | None = None,
+) -> Tensor:
+    """y_n = sum_j gate_nj W2_e swiglu(W1_e x_n, W3_e x_n) with e = expert_nj; a token may choose an expert twice.
+
+    x [N, D], expert [N, k] int64, gate [N, k], w1 and w3 [X, I, D], w2 [X, D, I] -> [N, D] of at least fp32. Weights are
+    plain, or stored as `dequantize` takes them, with s and t for its scale and scale_2. Matrix products take operands of
+    x's dtype, the rest is computed in at least fp32.  Source: DeepSeek-V4, experts.
+    """
+    k, chosen = expert.shape[-1], expert.flatten()
+    ws, ss, ts = (w1, w3, w2), (s1, s3, s2), (t1, t3, t2)
+    if known(chosen.shape[0] <= w1.shape[0]):  # few tokens: gather the matrices that are used
+        m1, m3, m2 = (
+            plain(w[chosen], at(s, chosen), at(t, chosen), x.dtype) for w, s, t in zip(ws, ss, ts, strict=True)
+        )
+        x_k = x.repeat_interleave(k, 0).unsqueeze(-1)
+        h = swiglu.meaning(m1 @ x_k, m3 @ x_k, limit)
+        y = acc(m2 @ h).squeeze(-1)
+    else:  # many: sort the choices by expert, multiply with all
+        m1, m3, m2 = (plain(w, s, t, x.dtype) for w, s, t in zip(ws, ss, ts, strict=True))
+        order = chosen.argsort(stable=True)
+        ends = torch.searchsorted(chosen[order], torch.arange(w1.shape[0], device=x.device), right=True)
+        x_k = x[order // k]
+        h = swiglu.meaning(grouped_mm.meaning(x_k, m1, ends), grouped_mm.meaning(x_k, m3, ends), limit)
+        y = acc(grouped_mm.meaning(h, m2, ends))[order.argsort()]
+    return (y.view(*expert.shape, x.shape[-1]) * acc(gate).unsqueeze(-1)).sum(1)
+
+
+def plain(weight: Tensor, scale: Tensor | None, scale_2: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weight as numbers of `dtype`."""
+    return (weight if scale is None else dequantize.meaning(weight, scale, scale_2)).to(dtype)
+
+
+def at(x: Tensor | None, index: Tensor) -> Tensor | None:
+    return None if x is None else x[index]
+
+
+@moe.cost
+def _(N, k, X, D, I, hit, bits):
+    """hit: how many different experts are chosen, min(N k, X) at most; bits of a weight, its share of the scales included."""
+    return Cost(flops=6 * N * k * D * I, read=hit * 3 * D * I * bits / 8 + 2 * N * D + 12 * N * k, write=4 * N * D)
+
+
+# CPU. The weights that are read are those of the experts that are chosen, each once. Each token's sum goes over its choices
+# in their order, whatever the other tokens are.
+
+SLAB = 1 << 23  # dequantised numbers at a time
+
+
+@moe.on("cpu")
+def _(x, expert, gate, w1, w3, w2, limit, s1, s3, s2, t1, t3, t2):
+    out = torch.promote_types(acc(x).dtype, acc(gate).dtype)
+    stored = (w1, s1, t1), (w3, s3, t3), (w2, s2, t2)
+    if expert.numel() == 0:
+        return x.new_zeros(x.shape, dtype=out)
+    run = one_token if x.shape[0] == 1 else many_tokens
+    return run(acc(x), expert, gate.to(acc(x).dtype), stored, limit).to(out)
+
+
+def one_token(x: Tensor, expert: Tensor, gate: Tensor, stored: Sequence[tuple], limit: float) -> Tensor:
+    """Matrix times vector, on views of plain weights."""
+    index, row = expert[0], x[0]
+    chosen = index.tolist()
+    m1, m3, m2 = (matrices(*s, chosen, index, x.dtype) for s in stored)
+    h = clamped(torch.stack([m.mv(row) for m in m1]), torch.stack([m.mv(row) for m in m3]), limit)
+    y = torch.zeros_like(row)
+    for m, h_j in zip(m2, h.mul_(gate.view(-1, 1)).unbind(0), strict=True):
+        y.addmv_(m, h_j)
+    return y.view(1, -1)
+
+
+def many_tokens(x: Tensor, expert: Tensor, gate: Tensor, stored: Sequence[tuple], limit: float) -> Tensor:
+    """Sort the choices by expert, one product for each expert that has any, back in the order of the choices, and sum."""
+    (N, k), (X, I, D), flat = expert.shape, (*stored[0][0].shape[:2], x.shape[1]), expert.flatten()
+    order, count = flat.argsort(stable=True), flat.bincount(minlength=X).tolist()
+    hit = [e for e in range(X) if count[e]]
+    rows, weight = x.index_select(0, order // k), gate.flatten().index_select(0, order).unsqueeze(1)
+    y = x.new_empty(N * k, D)
+    step, last = max(1, SLAB // max(1, 3 * I * D)), 0
+    for i in range(0, len(hit), step):
+        slab = hit[i : i + step]
+        sizes = [count[e] for e in slab]
+        first, last = last, last + sum(sizes)
+        here, index = rows[first:last], torch.tensor(slab)
+        m1, m3, m2 = (matrices(*s, slab, index, x.dtype) for s in stored)
+        h = clamped(products(here, m1, sizes), products(here, m3, sizes), limit).mul_(weight[first:last])
+        y[first:last] = products(h, m2, sizes)
+    y = torch.empty_like(y).index_copy_(0, order, y).view(N, k, D)
+    total = y[:, 0].contiguous()
+    for j in range(1, k):
+        total += y[:, j]
+    return total
+
+
+def products(x: Tensor, matrix: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """x [M, K] in groups of `sizes` rows, each times its matrix [J, K] transposed -> [M, J]."""
+    y = x.new_empty(x.shape[0], matrix[0].shape[0])
+    for group, m, out in zip(x.split(sizes), matrix, y.split(sizes), strict=True):
+        torch.mm(group, m.t(), out=out)
+    return y
+
+
+def clamped(g: Tensor, u: Tensor, limit: float) -> Tensor:
+    """SwiGLU in place."""
+    return F.silu(g.clamp_(max=limit), inplace=True).mul_(u.clamp_(-limit, limit))
+
+
+def matrices(
+    weight: Tensor, scale: Tensor | None, scale_2: Tensor | None, experts: list[int], index: Tensor, dtype: torch.dtype
+) -> Sequence[Tensor]:
+    """The plain matrices of some experts, given as a list and as a tensor; views where nothing has to be computed."""
+    if scale is None:
+        views = [weight[e] for e in experts]
+        return views if weight.dtype == dtype else [v.to(dtype) for v in views]
+    scale_2 = None if scale_2 is None else scale_2.index_select(0, index)
+    return dequantized(pick(weight, index), pick(scale, index), scale_2).to(dtype).unbind(0)
+
+
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """index_select, 8-bit floats as the bytes that they are."""
+    if x.dtype.itemsize > 1:
+        return x.index_select(0, index)
+    return x.view(torch.uint8).index_select(0, index).view(x.dtype)
