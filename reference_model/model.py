@@ -386,7 +386,7 @@ class Step:
         for name, table in tables.items():
             cos, sin = table(chunk.position.unsqueeze(-1))
             self.rope[name] = cos, sin  # [B, T, 1, dr/2]
-        for kind in {CSA, HCA} & set(config.layer_types):
+        for kind in sorted({CSA, HCA} & set(config.layer_types)):  # in an order that every process shares
             m = config.rate(kind)
             self.windows[m] = windows = Windows(chunk, m, kind == CSA, max_len)
             self.window_rope[m] = tables["compress"](windows.first)  # [B, n, dr/2]
