@@ -52,17 +52,20 @@ class Reader:
     dequantize: bool
     check_finite: bool
 
-    def matrix(self, name: str, expected: Mapping[str, Spec], format: str) -> dict[str, Tensor]:
-        """The tensor of a canonical name as `weight`, with its scales where it is stored quantised and stays so."""
+    def matrix(self, name: str, expected: Mapping[str, Spec], format: str, own: bool = True) -> dict[str, Tensor]:
+        """The tensor of a canonical name as `weight`, with its scales where it is stored quantised and stays so.
+
+        `format`: what the model holds.  `own`: in memory of its own, else it may lie in the mapped file.
+        """
         stored = _format.get(expected[name][0], "none")
-        parts = {"weight": self.tensor(name, expected[name])}
+        parts = {"weight": self.tensor(name, expected[name], own)}
         if stored == "none":
             return {"weight": self._plain(name, parts["weight"])}
         owner = name.removesuffix(".weight")
         for suffix in ("scale", "scale_2", "input_scale"):
             key = f"{owner}.{suffix}"
             if key in self.found:
-                parts[suffix] = self.tensor(key, expected[key])
+                parts[suffix] = self.tensor(key, expected[key], own)
         if format == "none":
             weight = dequantize(parts["weight"], parts["scale"], parts.get("scale_2"), stored)
             return {"weight": weight.to(self.dtype or self.found["embed.weight"].dtype)}
@@ -82,7 +85,7 @@ class Reader:
         stacks: dict[str, Tensor] = {}
         for name in members:
             expert = names.parameter(name)[1]
-            for suffix, t in self.matrix(name, expected, format).items():
+            for suffix, t in self.matrix(name, expected, format, own=False).items():
                 if suffix not in stacks:
                     stacks[suffix] = t.new_empty((len(members), *t.shape))
                 if stacks[suffix].dtype != t.dtype:
@@ -92,10 +95,10 @@ class Reader:
                 stacks[suffix][expert] = t
         return stacks
 
-    def tensor(self, name: str, spec: Spec) -> Tensor:
-        """Read one entry onto the device, in memory of its own, with raw bytes given the dtype that they stand for."""
+    def tensor(self, name: str, spec: Spec, own: bool) -> Tensor:
+        """Read one entry onto the device, with raw bytes given the dtype that they stand for."""
         entry = self.found[name]
-        t = entry.read().to(self.device, copy=True, memory_format=torch.contiguous_format).reshape(spec[1])
+        t = entry.read().to(self.device, copy=own).contiguous().reshape(spec[1])
         if spec[0] == E8M0 and t.dtype == torch.uint8:
             t = t.view(E8M0)
         elif t.dtype == torch.int8:
