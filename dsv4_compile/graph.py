@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -145,9 +146,19 @@ def head(x: Any) -> str:
     """Name of what a node calls, without its overload; other nodes give their kind ("placeholder")."""
     if not isinstance(x, Node):
         return repr(x)
-    if isinstance(x.target, torch._ops.OpOverload):
-        return str(x.target.overloadpacket)
-    return x.target.__name__ if callable(x.target) else x.op
+    return _name(x.target) if callable(x.target) else x.op
+
+
+@cache
+def _name(target: Any) -> str:
+    return str(target.overloadpacket) if isinstance(target, torch._ops.OpOverload) else target.__name__
+
+
+@cache
+def _parameters(target: torch._ops.OpOverload) -> tuple[tuple[int, str, Any], ...]:
+    """Place, name and default of the arguments that say what is computed; reading a schema takes 0.1 ms."""
+    arguments = enumerate(target._schema.arguments)
+    return tuple((i, a.name, a.default_value) for i, a in arguments if a.name not in BOOKKEEPING)
 
 
 def literal(x: Any) -> Any:
@@ -167,18 +178,15 @@ def term(node: Node) -> Term:
         rest = {str(i): a for i, a in enumerate(node.args) if not isinstance(a, Node)}
         return Term(name, tuple(operands), rest)
     operands, literals = [], {}
-    for i, argument in enumerate(node.target._schema.arguments):
-        given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
-        if argument.name in BOOKKEEPING:
-            continue
-        given = literal(given)
+    for i, key, default in _parameters(node.target):
+        given = literal(node.args[i] if i < len(node.args) else node.kwargs.get(key, default))
         if isinstance(given, (list, tuple)) and any(isinstance(g, Node) and is_tensor(g) for g in given):
             operands.extend(given)
-            literals[argument.name] = tuple(g is None for g in given)  # which of a list's places are filled
-        elif is_tensor(given) or (name in COMMUTES and argument.name != "alpha"):
+            literals[key] = tuple(g is None for g in given)  # which of a list's places are filled
+        elif is_tensor(given) or (name in COMMUTES and key != "alpha"):
             operands.append(given)  # x + 1 reads as x + y
         else:
-            literals[argument.name] = value(given) if isinstance(given, Node) else given
+            literals[key] = value(given) if isinstance(given, Node) else given
     operands = [o for o in operands if o is not None]
     _positive_from_the_right(name, operands, literals)
     tags = node.target.tags
@@ -314,24 +322,24 @@ def inherit(node: Node, like: Node) -> None:
     node.meta.update({key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta})
 
 
-def splice(graph: fx.Graph, fn: Callable[..., Any], nodes: Sequence[Node], like: Node) -> list[Node]:
-    """Write the ATen of fn(*nodes) into the graph at the insertion point; returns the nodes of its outputs.
-
-    Traced with Inductor's decompositions, as the graph itself was: a composite left in it would be an error there.
-    """
+def trace_aten(fn: Callable[..., Any], inputs: Sequence[Any]) -> fx.Graph:
+    """fn as ATen, traced with Inductor's decompositions as models are: a composite left in a graph is an error there."""
     with torch.no_grad(), enable_python_dispatcher():
-        traced = make_fx(lambda *xs: fn(*xs), decomposition_table=select_decomp_table())(*map(value, nodes)).graph
-    traced.eliminate_dead_code()
-    copies: dict[Node, Node] = dict(zip(traced.find_nodes(op="placeholder"), nodes, strict=True))
-    for node in traced.nodes:
+        graph = make_fx(lambda *xs: fn(*xs), decomposition_table=select_decomp_table())(*inputs).graph
+    graph.eliminate_dead_code()
+    return graph
+
+
+def graft(graph: fx.Graph, piece: fx.Graph, nodes: Sequence[Node], like: Node) -> list[Node]:
+    """Copy a traced piece, applied to `nodes`, to the insertion point; returns the nodes of its outputs."""
+    copies: dict[Node, Node] = dict(zip(piece.find_nodes(op="placeholder"), nodes, strict=True))
+    for node in piece.nodes:
         if node.op == "get_attr":
-            raise BrokenGraph(
-                "splice", f"{getattr(fn, '__name__', fn)} makes a constant tensor: build it with torch.full"
-            )
+            raise BrokenGraph("tracing", "a meaning makes a constant tensor: build it with torch.full or torch.arange")
         if node.op == "call_function":
             copies[node] = graph.node_copy(node, copies.__getitem__)
             inherit(copies[node], like)
-    return [copies[n] for n in pytree.tree_leaves(traced.output_node().args[0]) if n is not None]
+    return [copies[n] for n in pytree.tree_leaves(piece.output_node().args[0]) if n is not None]
 
 
 def reshaped(graph: fx.Graph, x: Node, sizes: Sequence[Any], like: Node) -> Node:

@@ -113,6 +113,7 @@ class PassManager(CustomGraphPass):
         """Ask who can run each op; put back the meaning of those that nobody claims."""
         among = tuple(d for d in DEVICES if self.config.may_lower_to(d))
         claimed: set[Node] = set()
+        pieces: dict[str, fx.Graph] = {}
         while open_ := [n for n in graph.nodes if n.target in self.ops and n not in claimed]:
             for node in open_:
                 op = self.ops[node.target]
@@ -123,7 +124,7 @@ class PassManager(CustomGraphPass):
                     report.runs[op.name, implementation.name] += 1
                 else:
                     report.runs[op.name, f"inlined: {'; '.join(reasons) or 'no implementation'}"] += 1
-                    inline(graph, node, op)
+                    inline(graph, node, op, pieces)
 
     def record(self, graph: fx.Graph, report: GraphReport) -> None:
         """File the report; find the region bodies that this graph calls."""

@@ -15,6 +15,7 @@ from .graph import (
     call,
     contiguous,
     depends_on,
+    graft,
     head,
     is_cast,
     is_tensor,
@@ -22,7 +23,7 @@ from .graph import (
     shape,
     size_node,
     sort,
-    splice,
+    trace_aten,
     undone_on_error,
     unwiden,
     value,
@@ -160,16 +161,19 @@ def erase_dead(nodes: Iterable[Node]) -> None:
 # Back to ATen
 
 
-def inline(graph: fx.Graph, node: Node, op: Op) -> None:
-    """Put the meaning of an op in its place, contiguous as the op is."""
+def inline(graph: fx.Graph, node: Node, op: Op, pieces: dict[str, fx.Graph]) -> None:
+    """Put the meaning of an op in its place, contiguous as the op is. `pieces` keeps what was traced: equal calls share it."""
     arguments = op.arguments(*node.args, **node.kwargs)
-    tensors = {name: a for name, a in arguments.items() if isinstance(a, Node)}
+    inputs = {name: a for name, a in arguments.items() if isinstance(a, Node)}
 
     def meaning(*xs: Any) -> Any:
-        return op.meaning(**(arguments | dict(zip(tensors, xs, strict=True))))
+        return op.meaning(**(arguments | dict(zip(inputs, xs, strict=True))))
 
+    key = f"{op.name} " + ", ".join(f"{name}={_described(value(a))}" for name, a in arguments.items())
+    if key not in pieces:
+        pieces[key] = trace_aten(meaning, [value(a) for a in inputs.values()])
     with undone_on_error(graph), graph.inserting_before(node):
-        outs = [contiguous(graph, o, node) for o in splice(graph, meaning, list(tensors.values()), node)]
+        outs = [contiguous(graph, o, node) for o in graft(graph, pieces[key], list(inputs.values()), node)]
     if len(op.outputs) == 1:
         node.replace_all_uses_with(outs[0])
     else:
@@ -177,3 +181,7 @@ def inline(graph: fx.Graph, node: Node, op: Op) -> None:
             item.replace_all_uses_with(outs[item.args[1]])
             graph.erase_node(item)
     graph.erase_node(node)
+
+
+def _described(x: Any) -> str:
+    return f"{x.dtype} {tuple(x.shape)} {x.stride()} {x.device}" if isinstance(x, torch.Tensor) else repr(x)

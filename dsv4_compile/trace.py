@@ -4,14 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
-from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from .errors import BadRule
-from .graph import canonicalise, is_tensor, literal, shape, strip
+from .graph import canonicalise, is_tensor, literal, shape, strip, trace_aten
 from .unify import Pattern
 
 
@@ -25,17 +22,12 @@ def trace(fn: Callable[..., Any], example: dict[str, Any], scalars: tuple[str, .
     numbers = {name: sentinel(i) for i, name in enumerate(scalars)}
     tensors = {name: e for name, e in example.items() if not isinstance(e, int)}
     integers = {name: e for name, e in example.items() if isinstance(e, int)}
-    with FakeTensorMode(), torch.no_grad(), enable_python_dispatcher():
+    with FakeTensorMode():
         inputs = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in tensors.values()]
         try:
-            traced = make_fx(
-                lambda *xs: fn(**dict(zip(tensors, xs, strict=True)), **integers, **numbers),
-                decomposition_table=select_decomp_table(),
-            )(*inputs)
+            graph = trace_aten(lambda *xs: fn(**dict(zip(tensors, xs, strict=True)), **integers, **numbers), inputs)
         except Exception as error:
             raise BadRule(f"{fn.__module__}.{fn.__name__} cannot be traced with {example}: {error}") from error
-    graph = traced.graph
-    graph.eliminate_dead_code()
     canonicalise(graph)
     names = dict(zip(graph.find_nodes(op="placeholder"), tensors, strict=True))
     return pattern_of(graph, names, {v: k for k, v in numbers.items()}, integers)

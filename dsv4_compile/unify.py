@@ -117,7 +117,7 @@ class Search:
         """A pattern node above what is bound, against each user in the graph that could be it."""
         best: tuple[Node, list[Node]] | None = None
         for p in missing:
-            below = [o for o in map(_strip, term(p).operands) if o in binding.nodes]
+            below = [o for o in map(strip, p.all_input_nodes) if o in binding.nodes]
             for o in below:
                 candidates = _users_like(p, binding.nodes[o])
                 if best is None or len(candidates) < len(best[1]):
@@ -250,16 +250,15 @@ class Search:
         return known(binding.sizes.setdefault(p, m) == m)
 
     def shapes(self, p: Sequence[int], m: Sequence[Any], binding: Binding, broadcast: bool = False) -> bool:
-        """Unify two shapes; the one with more axes has its leading ones multiplied together. With `broadcast`, axes of
-        size 1 fit all, on either side."""
+        """Unify two shapes; the one with more axes has its leading ones multiplied together. With `broadcast`, leading
+        axes of size 1 count for nothing; others must be broadcast on both sides or on neither, for free views could turn
+        x[:, None] into x[None] where two sizes are equal."""
         if broadcast:
             p, m = _without_leading_ones(p), _without_leading_ones(m)
             if not p or not m:
                 return True
         rank = min(len(p), len(m))
         for i, j in zip(_of_rank(p, rank), _of_rank(m, rank), strict=True):
-            if broadcast and (i == 1 or known(j == 1)):
-                continue
             if not self.size(i, j, binding):
                 self.fail(binding, f"shape {list(p)} of the pattern", list(m))
                 return False

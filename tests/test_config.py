@@ -35,7 +35,14 @@ def test_all_and_none():
 
 
 def test_every_option_has_a_variable_and_the_option_wins():
-    values = {"passes": "raise.*", "disable": "fuse.moe", "lowerings": "cpu", "strict": "1", "explain": "true", "inner": "eager"}
+    values = {
+        "passes": "raise.*",
+        "disable": "fuse.moe",
+        "lowerings": "cpu",
+        "strict": "1",
+        "explain": "true",
+        "inner": "eager",
+    }
     assert set(values) == set(OPTIONS)
     for name, value in values.items():
         assert read(**{f"DSV4_{name.upper()}": value}) == read({name: value}) != Config()
@@ -75,6 +82,10 @@ def test_the_identity_follows_every_field():
     given = {
         "passes": "raise.*", "disable": "fuse.moe", "lowerings": "cpu", "strict": 1, "explain": 1, "inner": "eager",
     }  # fmt: skip
-    identities = [identity(Config()), identity(read(mode="decode")), *(identity(read({k: v})) for k, v in given.items())]
+    identities = [
+        identity(Config()),
+        identity(read(mode="decode")),
+        *(identity(read({k: v})) for k, v in given.items()),
+    ]
     assert len(set(identities)) == len(identities)
     assert identity(Config()) == identity(read())

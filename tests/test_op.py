@@ -141,4 +141,11 @@ def test_arguments_by_name_with_defaults():
 @pytest.mark.parametrize("each", OPS, ids=lambda o: o.name)
 def test_every_op_says_what_it_means(each):
     assert each.meaning.__doc__ and each.name.isidentifier()
-    assert not {str(a.type) for a in each.target._schema.arguments} - {"Tensor", "Optional[Tensor]", "SymInt", "int", "float", "bool"}
+    assert not {str(a.type) for a in each.target._schema.arguments} - {
+        "Tensor",
+        "Optional[Tensor]",
+        "SymInt",
+        "int",
+        "float",
+        "bool",
+    }
