@@ -5,6 +5,8 @@ from functools import partial
 import pytest
 import torch
 
+torch.set_num_threads(1)  # small tensors: threads would only wait for each other, most of all beside other processes
+
 
 @pytest.fixture(autouse=True)
 def fresh():
