@@ -249,6 +249,18 @@ def test_scales_may_be_raw_bytes_or_fp32(tmp_path):
     assert torch.equal(base.layers[0].attn.wq_a.dense(torch.float32), model.layers[0].attn.wq_a.dense(torch.float32))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_loading_onto_a_gpu_keeps_every_byte(tmp_path, model):
+    save(model, tmp_path)
+    there = load(tmp_path, device="cuda")
+    assert all(t.is_cuda for t in there.state_dict().values())
+    for ours, theirs in zip(model.layers, there.layers, strict=True):
+        for a, b in ((ours.attn.wq_a, theirs.attn.wq_a), (ours.ffn.experts.w2, theirs.ffn.experts.w2)):
+            assert torch.equal(a.dense(torch.float32), b.dense(torch.float32).cpu())
+    same(there.cpu(), model)
+
+
 # NVFP4
 
 

@@ -42,6 +42,60 @@ def test_flash_is_the_released_model():
     assert c.rope_scaling == YARN
 
 
+def test_the_published_config_of_flash_is_flash():
+    published = {
+        "vocab_size": 129280,
+        "hidden_size": 4096,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 43,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 1,
+        "head_dim": 512,
+        "qk_rope_head_dim": 64,
+        "q_lora_rank": 1024,
+        "o_groups": 8,
+        "o_lora_rank": 1024,
+        "hc_mult": 4,
+        "sliding_window": 128,
+        "index_n_heads": 64,
+        "index_head_dim": 128,
+        "index_topk": 512,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 6,
+        "num_hash_layers": 3,
+        "num_nextn_predict_layers": 1,
+        "hc_sinkhorn_iters": 20,
+        "rope_theta": 10000,
+        "compress_rope_theta": 160000,
+        "max_position_embeddings": 1048576,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "model_type": "deepseek_v4",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0],
+        "expert_dtype": "fp4",
+        "hc_eps": 1e-06,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "norm_topk_prob": True,
+        "quantization_config": OFFICIAL | {"activation_scheme": "dynamic"},
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": YARN,
+        "routed_scaling_factor": 1.5,
+        "scoring_func": "sqrtsoftplus",
+        "swiglu_limit": 10.0,
+        "tie_word_embeddings": False,
+        "topk_method": "noaux_tc",
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.57.1",
+        "use_cache": True,
+    }
+    assert DSV4Config(**published) == DSV4Config.flash()
+
+
 def test_pro_is_the_released_model():
     c = DSV4Config.pro()
     assert (c.hidden_size, c.moe_intermediate_size, c.num_hidden_layers, c.num_attention_heads) == (7168, 3072, 61, 128)
@@ -214,7 +268,10 @@ def test_nvfp4_is_decided_layer_by_layer():
         ({"rope_scaling": YARN | {"factor": -1}}, r"rope_scaling\['factor'\]=-1: expected a number above 0"),
         ({"rope_scaling": YARN | {"attention_factor": 1.2}}, "attention_factor=1.2: expected 1.0"),
         ({"rope_scaling": YARN | {"truncate": False}}, "rope key 'truncate' is unknown"),
-        ({"rope_scaling": YARN, "rope_parameters": YARN | {"factor": 8}}, "rope_parameters=.* and rope_scaling=.* disa"),
+        (
+            {"rope_scaling": YARN, "rope_parameters": YARN | {"factor": 8}},
+            "rope_parameters=.* and rope_scaling=.* disa",
+        ),
         ({"rope_parameters": {"main": {"rope_type": "yarn"}, "compress": {}}}, "sliding layers use plain rope"),
         ({"quantization_config": {"quant_method": "awq"}}, "quant_method='awq': expected 'fp8' or 'modelopt'"),
         ({"quantization_config": OFFICIAL | {"weight_block_size": [1, 32]}}, r"weight_block_size=\[1, 32\]: expected"),
