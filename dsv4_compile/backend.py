@@ -59,8 +59,8 @@ def build(
         warnings.warn(GRADIENTS, DSV4Warning, stacklevel=2)
     else:
         patches["joint_custom_pre_pass"] = manager
-    extra = {"inner_compile": run_op_by_op} if eager else {}
-    compiled = compile_fx(gm, example_inputs, config_patches=patches, **extra)
+    extra: dict[str, Any] = {"inner_compile": run_op_by_op} if eager else {}
+    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, **extra)
     HISTORY.append(manager.report)
     if config.explain:
         print(manager.report, file=sys.stderr)

@@ -56,7 +56,7 @@ def value(x: Any) -> Any:
     return x.meta["val"] if isinstance(x, Node) else x
 
 
-def shape(x: Node) -> tuple[Any, ...]:
+def shape(x: Any) -> tuple[Any, ...]:
     return tuple(x.meta["val"].shape)
 
 
@@ -80,14 +80,14 @@ def is_view(x: Any) -> bool:
     return isinstance(x, Node) and x.target in VIEWS
 
 
-def strip(x: Node) -> Node:
+def strip(x: Any) -> Node:
     """The node that computes the value, below all casts and views."""
     while is_view(x) or is_cast(x):
         x = x.args[0]
     return x
 
 
-def unwiden(x: Node) -> Node:
+def unwiden(x: Any) -> Node:
     """Below casts that lose nothing (bf16 to fp32)."""
     while is_cast(x) and value(x.args[0]).dtype.itemsize < x.args[1].itemsize:
         x = x.args[0]
@@ -104,7 +104,7 @@ def unexpanded(x: Any) -> Any:
 def same_value(a: Node, b: Node) -> bool:
     """Two nodes that hold the same numbers in the same shape: one root, and only casts and reshapes above it."""
 
-    def root(x: Node) -> Node:
+    def root(x: Any) -> Node:
         while is_cast(x) or x.target in RESHAPES:
             x = x.args[0]
         return x

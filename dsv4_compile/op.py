@@ -109,7 +109,7 @@ class Op:
     def claim(self, arguments: dict[str, Any], among: Any = DEVICES) -> tuple[Implementation | None, list[str]]:
         """The first implementation, in order of declaration, that accepts; and why those before it did not."""
         device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
-        reasons = []
+        reasons: list[str] = []
         for implementation in self.implementations:
             if implementation.device not in among:
                 continue
@@ -132,12 +132,12 @@ class Op:
         if any(isinstance(k, torch.SymInt) for part in key for k in (part if isinstance(part, tuple) else [part])):
             return self._each(self.meaning(*args), _empty)
         if key not in self.known_fakes:  # running a meaning of 100 calls on fake tensors takes 50 ms
-            found = self._each(self.meaning(*args), lambda x: (x.shape, x.dtype, x.device))
+            found = self._each(self.meaning(*args), _metadata)
             self.known_fakes[key] = (found,) if len(self.outputs) == 1 else found
         made = tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in self.known_fakes[key])
         return made[0] if len(self.outputs) == 1 else made
 
-    def _each(self, result: Any, f: Callable[[Tensor], Tensor]) -> Any:
+    def _each(self, result: Any, f: Callable[[Tensor], Any]) -> Any:
         return f(result) if len(self.outputs) == 1 else tuple(map(f, result))
 
     # declarations
@@ -165,6 +165,10 @@ class Op:
         if self.cost_of is None:
             raise BadOp(f"{self.name} declares no cost: add @{self.name}.cost")
         return self.cost_of(*(sympy.Symbol(name, positive=None) for name in inspect.signature(self.cost_of).parameters))
+
+
+def _metadata(x: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return x.shape, x.dtype, x.device
 
 
 def _empty(x: Tensor) -> Tensor:

@@ -178,7 +178,8 @@ def inline(graph: fx.Graph, node: Node, op: Op, pieces: dict[str, fx.Graph]) -> 
         node.replace_all_uses_with(outs[0])
     else:
         for item in list(node.users):
-            item.replace_all_uses_with(outs[item.args[1]])
+            index: Any = item.args[1]
+            item.replace_all_uses_with(outs[index])
             graph.erase_node(item)
     graph.erase_node(node)
 

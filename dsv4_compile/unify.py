@@ -80,7 +80,8 @@ class Search:
     """One attempt: pattern against graph from one anchor. `binding` is the result; `mismatch` says why there is none."""
 
     def __init__(self, pattern: Pattern, start: Node, anchor: Node):
-        self.pattern, self.mismatch, self.budget, self.at = pattern, None, BUDGET, anchor
+        self.pattern, self.budget, self.at = pattern, BUDGET, anchor
+        self.mismatch: Mismatch | None = None
         self.binding = self.solve([(start, anchor)], Binding())
 
     def fail(self, binding: Binding, expected: Any, found: Any) -> None:
@@ -300,7 +301,7 @@ def _of_rank(sizes: Sequence[Any], rank: int) -> tuple[Any, ...]:
     return (math.prod(sizes[:lead]), *sizes[lead:]) if rank else ()
 
 
-def _chain(x: Node) -> Iterator[Node]:
+def _chain(x: Any) -> Iterator[Node]:
     """x, and what it is a view or cast of, down to what computes the value."""
     yield x
     while is_view(x) or is_cast(x):

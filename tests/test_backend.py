@@ -2,6 +2,7 @@
 
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -189,16 +190,8 @@ def test_explain_works_any_number_of_times():
 
 
 def test_sites_come_from_the_schedule():
-    class Config:
-        layer_types = [
-            "sliding_attention",
-            "compressed_sparse_attention",
-            "heavily_compressed_attention",
-            "sliding_attention",
-        ]
-        hc_mult = 4
-
+    kinds = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"]
     model = Block()
-    model.config = Config()
+    model.config = SimpleNamespace(layer_types=kinds, hc_mult=4)
     assert expected(model) == {"attention": 4, "moe": 4, "router": 4, "compressor": 3, "mhc": 17}
     assert expected(Block()) == {}
