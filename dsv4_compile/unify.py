@@ -120,7 +120,7 @@ class Search:
         for p in missing:
             below = [o for o in map(strip, p.all_input_nodes) if o in binding.nodes]
             for o in below:
-                candidates = _users_like(p, binding.nodes[o])
+                candidates = _users_like(p, strip(binding.nodes[o]))  # an input may be bound to one of several casts
                 if best is None or len(candidates) < len(best[1]):
                     best = p, candidates
         if best is None:
