@@ -13,6 +13,9 @@ PRE = {"X": T(13, 5, 11), "fn": T(35, 55), "base": T(35), "scale": T(3), "iters"
 POST = {"X": T(13, 5, 11), "y": T(13, 11), "post": T(13, 5), "comb": T(13, 5, 5)}
 HEAD = {"X": T(13, 5, 11), "fn": T(5, 55), "base": T(5), "scale": T(1)}
 
+# Parts of the weights, which are views: a layer that is called twice reads them twice.
+PARTS = ("aten.permute", "aten.split_with_sizes", "aten.select", "aten.unbind", "getitem")
+
 
 def mixture(X, fn, rms_eps):
     """The norm after the product."""
@@ -29,7 +32,7 @@ def collapse(pre, X):
     return (pre.unsqueeze(-1) * X).sum(-2)
 
 
-@rule(mhc_pre, name="fuse.mhc", anchor=sinkhorn, example=PRE)
+@rule(mhc_pre, name="fuse.mhc", anchor=sinkhorn, example=PRE, shared=PARTS)
 def pre(X, fn, base, scale, iters: Int, eps: Scalar, rms_eps: Scalar):
     n = X.shape[-2]
     pre, post, comb = mixture(X, fn, rms_eps).split([n, n, n * n], -1)
@@ -40,7 +43,7 @@ def pre(X, fn, base, scale, iters: Int, eps: Scalar, rms_eps: Scalar):
     return collapse(pre, X), post, comb
 
 
-@rule(mhc_pre, name="fuse.mhc", anchor=sinkhorn, example=PRE)
+@rule(mhc_pre, name="fuse.mhc", anchor=sinkhorn, example=PRE, shared=PARTS)
 def pre_of_normed(X, fn, base, scale, iters: Int, eps: Scalar, rms_eps: Scalar):
     n = X.shape[-2]
     pre, post, comb = mixture_of_normed(X, fn, rms_eps).split([n, n, n * n], -1)
@@ -62,11 +65,11 @@ def post_of_sum(X, y, post, comb):
     return post.unsqueeze(-1) * y.unsqueeze(-2) + (comb.unsqueeze(-1) * X.unsqueeze(-2)).sum(-3)
 
 
-@rule(mhc_head, name="fuse.mhc", anchor="sigmoid", example=HEAD)
+@rule(mhc_head, name="fuse.mhc", anchor="sigmoid", example=HEAD, shared=PARTS)
 def head(X, fn, base, scale, eps: Scalar, rms_eps: Scalar):
     return collapse(torch.sigmoid(mixture(X, fn, rms_eps) * scale + base) + eps, X)
 
 
-@rule(mhc_head, name="fuse.mhc", anchor="sigmoid", example=HEAD)
+@rule(mhc_head, name="fuse.mhc", anchor="sigmoid", example=HEAD, shared=PARTS)
 def head_of_normed(X, fn, base, scale, eps: Scalar, rms_eps: Scalar):
     return collapse(torch.sigmoid(mixture_of_normed(X, fn, rms_eps) * scale + base) + eps, X)
