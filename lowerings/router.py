@@ -70,7 +70,7 @@ def _best(biased: Tensor, k: int) -> Tensor:
     if len(values) <= FEW:
         distinct = all(a > b for row in values.tolist() for a, b in pairwise(row))
     else:
-        distinct = (values[:, :-1] > values[:, 1:]).all()
+        distinct = bool((values[:, :-1] > values[:, 1:]).all())
     if not distinct:
         indices = biased.sort(dim=-1, descending=True, stable=True).indices
     return indices[:, :k].contiguous()

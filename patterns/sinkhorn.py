@@ -1,13 +1,14 @@
 """Sinkhorn normalisation: a chain of any length, walked from its last division."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import Node
 
 from dsv4_compile.lowerings.pointwise import softmax
 from dsv4_compile.lowerings.sinkhorn import sinkhorn
-from dsv4_compile.match import Found, finder, head, shape, strip, term, users
+from dsv4_compile.match import Found, finder, head, known, shape, strip, term, users
 
 ROWS, COLUMNS = -1, -2
 NAMES = {ROWS: "rows", COLUMNS: "columns"}
@@ -30,16 +31,22 @@ def half_step(division: Node) -> HalfStep | None:
     if len(operands) != 2 or not all(isinstance(o, Node) for o in operands):
         return None
     c, divisor = map(strip, operands)
-    total, eps, nodes = divisor, 0.0, (division,)
-    if head(divisor) == "aten.add":
-        total, eps = _and_number(divisor)
-        nodes = (division, divisor)
-    if total is None or head(total) != "aten.sum" or strip(term(total).operands[0]) is not c:
+    total, eps = _and_number(divisor) if head(divisor) == "aten.add" else (divisor, 0.0)
+    if total is None or head(total) != "aten.sum":
         return None
-    dims = term(total).literals.get("dim")
-    if dims not in ((ROWS,), (COLUMNS,)) or len(shape(c)) != len(shape(division)):
+    summed, dims = term(total).operands[0], term(total).literals.get("dim")
+    if strip(summed) is not c or dims not in ((ROWS,), (COLUMNS,)):
         return None
-    return HalfStep(c, dims[0], eps, (*nodes, total))
+    whole = list(shape(division))
+    kept = whole.copy()
+    kept[dims[0]] = 1  # how the sums must lie beside c: views are stripped, and matrices are square
+    if not (_same(shape(c), whole) and _same(shape(summed), whole) and _same(shape(operands[1]), kept)):
+        return None
+    return HalfStep(c, dims[0], eps, (division, divisor, total))
+
+
+def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(known(i == j) for i, j in zip(a, b, strict=True))
 
 
 def _and_number(addition: Node) -> tuple[Node | None, float]:
@@ -72,11 +79,12 @@ def chain(end: Node) -> Found | str | None:
         return None
     steps = list(back(end))
     start = steps[-1].c
-    logits, eps, nodes = None, 0.0, ()
+    logits, inner, eps = None, [start], 0.0
     if head(start) == "aten.add":
         p, eps = _and_number(start)
-        if p is not None and head(p) == SOFTMAX and term(p).literals.get("dim") == ROWS:
-            logits, nodes = term(p).operands[0], (start, p)
+        if p is not None and head(p) == SOFTMAX and term(p).literals.get("dim") == ROWS and _same(shape(p), shape(end)):
+            logits = term(p).operands[0]
+            inner.append(p)
     if len(steps) < 2 and (logits is None or steps[0].dim == ROWS):
         return None  # any division by a sum
     if logits is None:
@@ -89,5 +97,5 @@ def chain(end: Node) -> Found | str | None:
             return f"eps {eps} in division {i + 1} of {len(steps)} (it is {step.eps})"
     if len(steps) % 2 == 0:
         return f"columns divided last (division {len(steps)} is over rows)"
-    nodes = (*nodes, *(n for step in steps for n in step.nodes))
-    return Found({"logits": logits, "iters": (len(steps) + 1) // 2, "eps": eps}, [end], nodes)
+    inner += [node for step in steps for node in dict.fromkeys(step.nodes)]
+    return Found({"logits": logits, "iters": (len(steps) + 1) // 2, "eps": eps}, [end], inner)

@@ -193,6 +193,23 @@ def test_what_is_not_sinkhorn_stays_and_says_why(rewritten):
     assert sorted(set(said)) == sorted({reason for _, reason in WRONG.values()})
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_sums_must_lie_beside_their_rows(rewritten, kept):
+    """Of a square matrix without batch axes, c / c.sum(-1) divides column j by the sum of row j."""
+
+    def chain(x):
+        c = torch.softmax(x, -1) + 1e-6
+        c = c / (c.sum(0, keepdim=True) + 1e-6)
+        rows = c.sum(-1) + 1e-6
+        c = c / (rows.unsqueeze(-1) if kept else rows)
+        return c / (c.sum(0, keepdim=True) + 1e-6)
+
+    x = torch.randn(4, 4)
+    result, report = rewritten(chain, x)
+    assert report.rules["raise.sinkhorn"] == int(kept)
+    torch.testing.assert_close(result, chain(x))
+
+
 def test_divisions_by_sums_are_not_near(rewritten):
     def shares(x, y):
         return (
