@@ -239,7 +239,8 @@ def where(node: Node) -> str:
 
 
 def canonicalise(graph: fx.Graph) -> None:
-    """Drop what computes nothing, merge equal nodes, and write x * x as x ** 2."""
+    """Drop what computes nothing, merge equal nodes, write x * x as x ** 2, and take sizes from the graph's inputs."""
+    sizes_from_inputs(graph)
     seen: dict[Any, Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
@@ -381,6 +382,24 @@ def size_node(graph: fx.Graph, size: Any) -> Any:
     node = result.node
     node.meta["val"] = size
     return node
+
+
+def sizes_from_inputs(graph: fx.Graph) -> None:
+    """Compute symbolic sizes from the graph's inputs instead of asking values in between, which may be fused away."""
+    done: dict[Any, Any] = {}
+    for node in graph.find_nodes(op="call_function", target=aten.sym_size.int):
+        size = node.meta["val"]
+        if node.args[0].op == "placeholder" or not isinstance(size, torch.SymInt):
+            continue
+        key = size.node.expr
+        if key not in done:
+            try:
+                with graph.inserting_before(node):
+                    done[key] = size_node(graph, size)
+            except BrokenGraph:  # a size that depends on data
+                continue
+        node.replace_all_uses_with(done[key])
+        graph.erase_node(node)
 
 
 def _symbol_node(graph: fx.Graph, symbol: Any) -> Node:

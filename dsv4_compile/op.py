@@ -128,9 +128,9 @@ class Op:
 
     def fake(self, *args: Any) -> Any:
         """Contiguous tensors of the shapes and dtypes that the meaning gives."""
+        if any(isinstance(x, torch.SymInt) for a in args for x in (a.shape if isinstance(a, Tensor) else [a])):
+            return self._each(self.meaning(*args), lambda x: torch.empty(x.shape, dtype=x.dtype, device=x.device))
         key = tuple((a.dtype, a.device, *a.shape) if isinstance(a, Tensor) else a for a in args)
-        if any(isinstance(k, torch.SymInt) for part in key for k in (part if isinstance(part, tuple) else [part])):
-            return self._each(self.meaning(*args), _empty)
         if key not in self.known_fakes:  # running a meaning of 100 calls on fake tensors takes 50 ms
             found = self._each(self.meaning(*args), _metadata)
             self.known_fakes[key] = (found,) if len(self.outputs) == 1 else found
@@ -169,10 +169,6 @@ class Op:
 
 def _metadata(x: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
     return x.shape, x.dtype, x.device
-
-
-def _empty(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def own(x: Tensor, inputs: tuple[Any, ...]) -> Tensor:
