@@ -259,11 +259,11 @@ def _escapes(node: Node) -> bool:
 
 
 def _is_nothing(node: Node) -> bool:
-    """A view to the same shape, a cast to the same dtype, a product with 1. Clones stay: they may part storages."""
+    """A view to the same shape, a slice of everything, a cast to the same dtype, a product with 1. Clones stay: they may
+    part storages."""
     product = node.target is aten.mul.Tensor and isinstance(node.args[1], (int, float)) and node.args[1] == 1
-    if not (
-        product or node.target is CAST or node.target in VIEWS - {aten.clone.default, aten.lift_fresh_copy.default}
-    ):
+    views = VIEWS - {aten.clone.default, aten.lift_fresh_copy.default} | {aten.slice.Tensor}
+    if not (product or node.target is CAST or node.target in views):
         return False
     if not is_tensor(node.args[0]) or _escapes(node):
         return False

@@ -67,13 +67,10 @@ def blocks_of(block: int, scale_dtype: torch.dtype):
                 return f"{name} is {match.dtype(name)}, expected {dtype}"
         scaled = next(n for n in match.inner if head(n) == "aten.mul" and any(strip(a) is strip(scale) for a in n.args))
         by = next(a for a in scaled.args if strip(a) is strip(scale))
-        laid_out = shape(scaled)[-2:], (shape(by)[-2], shape(by)[-1])
-        if not all(
-            known(i == j)
-            for got, want in zip(laid_out, ((shape(scale)[-1], block), (shape(scale)[-1], 1)), strict=True)
-            for i, j in zip(got, want, strict=True)
-        ):
-            return f"expected one scale for each {block} columns, found {list(shape(by))} on {list(shape(scaled))}"
+        C = shape(scale)[-1]
+        laid_out = zip((*shape(scaled)[-2:], *shape(by)[-2:]), (C, block, C, 1), strict=True)
+        if not all(known(i == j) for i, j in laid_out):
+            return f"one scale for each {block} columns, not {list(shape(by))} on {list(shape(scaled))}"
         return True
 
     return check

@@ -73,7 +73,7 @@ def gathered(x, expert, gate, w1, w3, w2, limit: Scalar, s1, s3, s2, t1, t3, t2)
     return (y * gate.unsqueeze(-1)).sum(1)
 
 
-@rule(moe, name="fuse.moe", anchor="sort", example=[{**e, "k": K} for e in FORMATS], check=sorted_by_expert)
+@rule(moe, name="fuse.moe", anchor=grouped_mm, example=[{**e, "k": K} for e in FORMATS], check=sorted_by_expert)
 def grouped(x, expert, gate, w1, w3, w2, limit: Scalar, s1, s3, s2, t1, t3, t2, k: Int):
     chosen = expert.flatten()
     m1, m3, m2 = plain(w1, s1, t1), plain(w3, s3, t3), plain(w2, s2, t2)
