@@ -54,7 +54,7 @@ def build(
     if eager or config.explain:
         patches["force_disable_caches"] = True
         keep_source_lines(gm)
-    if needs_gradients(example_inputs):
+    if needs_gradients(gm, example_inputs):
         manager.report.skipped = GRADIENTS
         warnings.warn(GRADIENTS, DSV4Warning, stacklevel=2)
     else:
@@ -69,9 +69,12 @@ def build(
     return compiled
 
 
-def needs_gradients(inputs: Sequence[Any]) -> bool:
-    """Whether the joint graph will hold a backward."""
-    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+def needs_gradients(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether the joint graph will hold a backward: something in it requires a gradient, and an output has one."""
+    if not (torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)):
+        return False
+    outputs = [n.meta.get("example_value") for n in gm.graph.output_node().all_input_nodes]
+    return any(o is None or (isinstance(o, torch.Tensor) and o.requires_grad) for o in outputs)
 
 
 def chosen_inner(asked: str | None, inputs: Sequence[Any]) -> str:

@@ -477,6 +477,20 @@ class DSV4(nn.Module):
         (whole sequences only). `streams`: also the streams [B, T, n, D] before the head, for `draft`.
         """
         self.check(tokens, state, last, lengths, mtp)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and state is None):  # memory is not differentiable
+            return self.run(tokens, state, last, lengths, selection, mtp, streams)
+
+    def run(
+        self,
+        tokens: Tensor,
+        state: State | None,
+        last: int | None,
+        lengths: Tensor | None,
+        selection: Selection | None,
+        mtp: bool,
+        streams: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`forward`, after its checks."""
         B, T = tokens.shape
         start = state.position if state is not None else torch.zeros(B, device=tokens.device, dtype=torch.int64)
         step = self.step(start, T, lengths, state)
@@ -497,6 +511,7 @@ class DSV4(nn.Module):
             return logits, self.predict(tokens[:, 1:], X[:, :-1], whole, None)[0]
         return (logits, X) if streams else logits
 
+    @torch.no_grad()
     def draft(
         self, tokens: Tensor, streams: Tensor, state: State, lengths: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
