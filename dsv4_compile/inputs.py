@@ -71,12 +71,12 @@ def backend_options(disable: str | None, inner: str | None, device: torch.device
 def load_model(
     path: Path | None, device: torch.device, dtype: torch.dtype | None, progress: Callable[[str, int, int], None]
 ) -> tuple[DSV4, Path]:
-    """Read the model at `path`, or the packaged one; returns it with the folder it came from."""
+    """Read the model at `path`, or the packaged one; returns it with the folder that holds it."""
     from .reference_model import load, nano
 
-    folder = nano.FOLDER if path is None else path
+    path = nano.CHECKPOINT if path is None else path
     with as_input_error(ValueError, TypeError, OSError):
-        return load(folder, device, dtype, progress=progress), folder
+        return load(path, device, dtype, progress=progress), path.parent if path.is_file() else path
 
 
 def check_fits(prompt: int, new: int, context: int) -> None:

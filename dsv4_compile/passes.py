@@ -17,6 +17,7 @@ from .graph import canonicalise, contract, head, is_tensor, value, verify, where
 from .identity import identity
 from .match import Match, Rule
 from .op import DEVICES, Op
+from .regions import scales_as_bytes
 from .report import GraphReport, Report
 from .rewrite import Refused, inline, rewrite
 from .trace import pattern_of
@@ -91,6 +92,7 @@ class PassManager(CustomGraphPass):
         report.finish(graph)
         self.lower(graph, report)
         graph.eliminate_dead_code()
+        scales_as_bytes(graph)
         verify(graph, "the dsv4 passes")
         if not agree(contract(graph), promised):
             raise BrokenGraph("the dsv4 passes", f"outputs were {promised}, are {contract(graph)}")
