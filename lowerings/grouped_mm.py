@@ -47,10 +47,10 @@ def _(M, J, K, X):
 
 @grouped_mm.on("cpu")
 def _(x, w, ends):
-    y = acc(x).new_empty(x.shape[0], w.shape[1])
-    first = 0
+    wide, first = acc(x), 0
+    y = wide.new_empty(x.shape[0], w.shape[1])
     for e, last in enumerate(ends.tolist()):
         if last > first:
-            torch.mm(acc(x[first:last]), w[e].to(y.dtype).t(), out=y[first:last])
+            torch.mm(wide[first:last], w[e].to(wide.dtype).t(), out=y[first:last])
         first = last
     return y.to(x.dtype)

@@ -71,6 +71,7 @@ def _(N, k, X, D, I, hit, bits):
 # in their order, whatever the other tokens are.
 
 SLAB = 1 << 23  # dequantised numbers at a time
+Stored = tuple[Tensor, Tensor | None, Tensor | None]  # weight, scale, scale_2
 
 
 @moe.on("cpu")
@@ -83,21 +84,22 @@ def _(x, expert, gate, w1, w3, w2, limit, s1, s3, s2, t1, t3, t2):
     return run(acc(x), expert, gate.to(acc(x).dtype), stored, limit).to(out)
 
 
-def one_token(x: Tensor, expert: Tensor, gate: Tensor, stored: Sequence[tuple], limit: float) -> Tensor:
+def one_token(x: Tensor, expert: Tensor, gate: Tensor, stored: Sequence[Stored], limit: float) -> Tensor:
     """Matrix times vector, on views of plain weights."""
     index, row = expert[0], x[0]
     chosen = index.tolist()
-    m1, m3, m2 = (matrices(*s, chosen, index, x.dtype) for s in stored)
+    m1, m3, m2 = (matrices(s, chosen, index, x.dtype) for s in stored)
     h = clamped(torch.stack([m.mv(row) for m in m1]), torch.stack([m.mv(row) for m in m3]), limit)
     y = torch.zeros_like(row)
-    for m, h_j in zip(m2, h.mul_(gate.view(-1, 1)).unbind(0), strict=True):
+    for m, h_j in zip(m2, h.mul_(gate.reshape(-1, 1)).unbind(0), strict=True):
         y.addmv_(m, h_j)
     return y.view(1, -1)
 
 
-def many_tokens(x: Tensor, expert: Tensor, gate: Tensor, stored: Sequence[tuple], limit: float) -> Tensor:
+def many_tokens(x: Tensor, expert: Tensor, gate: Tensor, stored: Sequence[Stored], limit: float) -> Tensor:
     """Sort the choices by expert, one product for each expert that has any, back in the order of the choices, and sum."""
-    (N, k), (X, I, D), flat = expert.shape, (*stored[0][0].shape[:2], x.shape[1]), expert.flatten()
+    (N, k), D, flat = expert.shape, x.shape[1], expert.flatten()
+    X, I = stored[0][0].shape[:2]
     order, count = flat.argsort(stable=True), flat.bincount(minlength=X).tolist()
     hit = [e for e in range(X) if count[e]]
     rows, weight = x.index_select(0, order // k), gate.flatten().index_select(0, order).unsqueeze(1)
@@ -107,8 +109,8 @@ def many_tokens(x: Tensor, expert: Tensor, gate: Tensor, stored: Sequence[tuple]
         slab = hit[i : i + step]
         sizes = [count[e] for e in slab]
         first, last = last, last + sum(sizes)
-        here, index = rows[first:last], torch.tensor(slab)
-        m1, m3, m2 = (matrices(*s, slab, index, x.dtype) for s in stored)
+        here, index = rows[first:last], torch.tensor(slab, device=x.device)
+        m1, m3, m2 = (matrices(s, slab, index, x.dtype) for s in stored)
         h = clamped(products(here, m1, sizes), products(here, m3, sizes), limit).mul_(weight[first:last])
         y[first:last] = products(h, m2, sizes)
     y = torch.empty_like(y).index_copy_(0, order, y).view(N, k, D)
@@ -131,10 +133,9 @@ def clamped(g: Tensor, u: Tensor, limit: float) -> Tensor:
     return F.silu(g.clamp_(max=limit), inplace=True).mul_(u.clamp_(-limit, limit))
 
 
-def matrices(
-    weight: Tensor, scale: Tensor | None, scale_2: Tensor | None, experts: list[int], index: Tensor, dtype: torch.dtype
-) -> Sequence[Tensor]:
+def matrices(stored: Stored, experts: list[int], index: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
     """The plain matrices of some experts, given as a list and as a tensor; views where nothing has to be computed."""
+    weight, scale, scale_2 = stored
     if scale is None:
         views = [weight[e] for e in experts]
         return views if weight.dtype == dtype else [v.to(dtype) for v in views]

@@ -1,5 +1,7 @@
 """One matrix product for each group of rows: torch's own for bf16, and the form in blocks of rows for other dtypes."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch.fx import Node
@@ -11,7 +13,7 @@ from dsv4_compile.match import Found, Int, Match, T, finder, head, known, rule, 
 @finder(grouped_mm, name="raise.grouped_mm", anchor="_grouped_mm", shared=("aten.constant_pad_nd", "aten.permute"))
 def native(product: Node) -> Found | str | None:
     """aten._grouped_mm(x, w^T, ends), between zero padding and a slice or without."""
-    x, w, ends = product.args[:3]
+    x, w, ends = (*product.args[:3],)
     if ends is None or any(a is not None for a in (*product.args[3:], *product.kwargs.values())):
         return "groups given by where they end, no bias, no other dtype"
     transposed = strip(w)
@@ -20,7 +22,8 @@ def native(product: Node) -> Found | str | None:
     (x, x_pads), (w, w_pads) = unpadded(x), unpadded(transposed.args[0])
     if len(shape(x)) != 2 or not known(shape(x)[1] == shape(w)[2]):
         return f"rows of {shape(w)[2]} numbers, zeros at their end only"
-    inner, out = [product, transposed, *x_pads, *w_pads], product
+    out = product
+    inner = [product, transposed, *x_pads, *w_pads]
     if not known(shape(product)[1] == shape(w)[1]):
         readers = list(users(product))
         cut = term(readers[0]).literals if [head(r) for r in readers] == ["aten.slice"] else {}
@@ -33,7 +36,7 @@ def native(product: Node) -> Found | str | None:
     return Found({"x": x, "w": w, "ends": ends}, [out], inner)
 
 
-def unpadded(x: Node) -> tuple[Node, list[Node]]:
+def unpadded(x: Any) -> tuple[Node, list[Node]]:
     """Below zeros that were put at the ends of axes, and the nodes that put them there."""
     pads = []
     while head(x) == "aten.constant_pad_nd" and not any(x.args[1][::2]) and not any(x.args[2:]):

@@ -11,7 +11,7 @@ from dsv4_compile.match import is_cast, is_view, known, shape
 EXPAND = torch.ops.aten.expand.default
 
 
-def repeats(node: Node, source: Node) -> list[tuple[Any, Any, Any]] | None:
+def repeats(node: Any, source: Node) -> list[tuple[Any, Any, Any]] | None:
     """Every repetition on the way from `source` to `node`, as (pre, times, post): an array [pre, post] in memory order
     became [pre, times, post]. None if something else than views and casts lies between.
 
