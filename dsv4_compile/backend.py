@@ -61,6 +61,7 @@ def build(
         patches["joint_custom_pre_pass"] = manager
     extra: dict[str, Any] = {"inner_compile": run_op_by_op} if eager else {}
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, **extra)
+    manager.seen.clear()
     HISTORY.append(manager.report)
     if config.explain:
         print(manager.report, file=sys.stderr)

@@ -54,6 +54,15 @@ class RuleFailed(DSV4Error):
         )
 
 
+class LoweringFailed(DSV4Error):
+    """Asking who runs an op, or writing its meaning into the graph, raised."""
+
+    def __init__(self, op: str, where: str, cause: BaseException):
+        super().__init__(
+            f"lowering dsv4::{op} at {where} failed: {type(cause).__name__}: {cause}. The op's own call stays in the graph."
+        )
+
+
 class BrokenGraph(DSV4Error):
     """A pass left a graph that does not hold together."""
 

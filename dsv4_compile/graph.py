@@ -453,10 +453,17 @@ def sort(graph: fx.Graph) -> None:
 # Invariants
 
 
-def contract(graph: fx.Graph) -> list[tuple[Any, ...]]:
-    """What a graph promises to whoever runs it: dtype, shape, strides and device of every output."""
-    values = [value(n) for n in graph.output_node().all_input_nodes]
-    return [(v.dtype, tuple(v.shape), tuple(v.stride()), v.device) for v in values if isinstance(v, torch.Tensor)]
+def contract(graph: fx.Graph) -> list[tuple[torch.dtype, tuple[Any, ...], torch.device]]:
+    """What a graph promises to whoever runs it: dtype, shape and device of every output tensor, in order."""
+    outputs = map(value, pytree.tree_leaves(graph.output_node().args[0]))
+    return [(v.dtype, tuple(v.shape), v.device) for v in outputs if isinstance(v, torch.Tensor)]
+
+
+def keeps(new: Sequence[tuple[Any, ...]], old: Sequence[tuple[Any, ...]]) -> bool:
+    """Whether a contract still says the same."""
+    return len(new) == len(old) and all(
+        a[0] == b[0] and same_shape(a[1], b[1]) and a[2] == b[2] for a, b in zip(new, old, strict=True)
+    )
 
 
 def verify(graph: fx.Graph, stage: str) -> None:

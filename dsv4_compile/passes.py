@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
 from .config import Config
-from .errors import BrokenGraph, DSV4Warning, RuleFailed
-from .graph import canonicalise, contract, head, is_tensor, value, verify, where
+from .errors import BrokenGraph, DSV4Error, DSV4Warning, LoweringFailed, RuleFailed
+from .graph import canonicalise, contract, head, is_tensor, keeps, value, verify, where
 from .identity import identity
 from .match import Match, Rule
 from .op import DEVICES, Op
@@ -94,7 +94,7 @@ class PassManager(CustomGraphPass):
         graph.eliminate_dead_code()
         scales_as_bytes(graph)
         verify(graph, "the dsv4 passes")
-        if not agree(contract(graph), promised):
+        if not keeps(contract(graph), promised):
             raise BrokenGraph("the dsv4 passes", f"outputs were {promised}, are {contract(graph)}")
         report.nodes_after = len(graph.nodes)
         report.seconds = time.perf_counter() - start
@@ -106,27 +106,35 @@ class PassManager(CustomGraphPass):
         try:
             rules.try_at(rule, anchor, report)
         except Exception as error:
-            failure = RuleFailed(rule.qualified, rule.source, place, error)
-            if self.config.strict:
-                raise failure from error
-            warnings.warn(str(failure), DSV4Warning, stacklevel=2)
+            self.tell(RuleFailed(rule.qualified, rule.source, place, error), error)
+
+    def tell(self, failure: DSV4Error, cause: Exception) -> None:
+        if self.config.strict:
+            raise failure from cause
+        warnings.warn(str(failure), DSV4Warning, stacklevel=3)
 
     def lower(self, graph: fx.Graph, report: GraphReport) -> None:
         """Ask who can run each op; put back the meaning of those that nobody claims."""
-        among = tuple(d for d in DEVICES if self.config.may_lower_to(d))
-        claimed: set[Node] = set()
+        kept: set[Node] = set()
         pieces: dict[str, fx.Graph] = {}
-        while open_ := [n for n in graph.nodes if n.target in self.ops and n not in claimed]:
+        while open_ := [n for n in graph.nodes if n.target in self.ops and n not in kept]:
             for node in open_:
+                kept.add(node)
                 op = self.ops[node.target]
-                arguments = {k: value(a) for k, a in op.arguments(*node.args, **node.kwargs).items()}
-                implementation, reasons = op.claim(arguments, among)
-                if implementation is not None:
-                    claimed.add(node)
-                    report.runs[op.name, implementation.name] += 1
-                else:
-                    report.runs[op.name, f"inlined: {'; '.join(reasons) or 'no implementation'}"] += 1
-                    inline(graph, node, op, pieces)
+                try:
+                    report.runs[op.name, self.settled(graph, node, op, pieces)] += 1
+                except Exception as error:
+                    self.tell(LoweringFailed(op.name, where(node), error), error)
+
+    def settled(self, graph: fx.Graph, node: Node, op: Op, pieces: dict[str, fx.Graph]) -> str:
+        """Leave the op to the implementation that claims it, or inline it; says which."""
+        among = tuple(d for d in DEVICES if self.config.may_lower_to(d))
+        arguments = {k: value(a) for k, a in op.arguments(*node.args, **node.kwargs).items()}
+        implementation, reasons = op.claim(arguments, among)
+        if implementation is not None:
+            return implementation.name
+        inline(graph, node, op, pieces)
+        return f"inlined: {'; '.join(reasons) or 'no implementation'}"
 
     def record(self, graph: fx.Graph, report: GraphReport) -> None:
         """File the report; find the region bodies that this graph calls."""
@@ -137,13 +145,6 @@ class PassManager(CustomGraphPass):
             if body in self.seen:
                 report.bodies[self.seen[body]] += len(node.users)
         self.report.settle()
-
-
-def agree(new: list[tuple], old: list[tuple]) -> bool:
-    """Same dtypes, shapes and devices; strides may have become contiguous."""
-    return len(new) == len(old) and all(
-        a[0] == b[0] and a[3] == b[3] and len(a[1]) == len(b[1]) for a, b in zip(new, old, strict=True)
-    )
 
 
 def device_type(graph: fx.Graph) -> str:

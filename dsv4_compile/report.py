@@ -2,7 +2,7 @@
 
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -43,7 +43,8 @@ class GraphReport:
     def finish(self, graph: fx.Graph) -> None:
         """Keep the near misses that stayed misses: whose anchor was not taken by another rule after all."""
         alive = set(graph.nodes)
-        self.misses = [m for m in self.misses if m.progress >= NEAR and m.node in alive]
+        kept = [m for m in self.misses if m.progress >= NEAR and m.node in alive]
+        self.misses = [replace(m, node=None) for m in kept]  # a report must not keep the graph
         self.nodes_after = len(alive)
 
 

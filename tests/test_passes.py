@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv4_compile.errors import BrokenGraph, DSV4Warning
+from dsv4_compile.config import Config
+from dsv4_compile.errors import BrokenGraph, DSV4Warning, LoweringFailed
 from dsv4_compile.graph import aten, call, canonicalise, sort, verify
 from dsv4_compile.match import T, rule
 from dsv4_compile.op import op
+from dsv4_compile.passes import PassManager
 from dsv4_compile.patterns import RULES, norm
 
 
@@ -187,6 +189,33 @@ def test_who_accepts_runs_it_else_it_is_inlined_with_the_reason(rewritten_by):
     result, report = rewritten_by([lowered], f, x, lowerings=())
     torch.testing.assert_close(result, f(x))
     assert report.runs == {("t_lowered", "inlined: no implementation"): 1}
+
+
+@op("dsv4::t_unsure")
+def t_unsure(x: Tensor) -> Tensor:
+    """3 tanh(x)."""
+    return x.tanh() * 3
+
+
+@t_unsure.on("cpu", when=lambda a: a.nothing)
+def _(x):
+    raise AssertionError("never asked")
+
+
+@rule(t_unsure, name="raise.t_unsure", anchor="tanh", example={"x": T(5, 7)})
+def unsure(x):
+    return x.tanh() * 3
+
+
+def test_a_checker_that_raises_is_told():
+    f = lambda x: x.tanh() * 3  # noqa: E731
+    graph = traced(f, torch.randn(3, 4))
+    with pytest.raises(LoweringFailed, match=r"lowering dsv4::t_unsure at .* failed: AttributeError: .*nothing"):
+        PassManager(Config(strict=True), (unsure,), (t_unsure,))(graph)
+    graph = traced(f, torch.randn(3, 4))
+    with pytest.warns(DSV4Warning, match="stays in the graph"):
+        PassManager(Config(), (unsure,), (t_unsure,))(graph)
+    assert [str(n.target) for n in graph.nodes if n.op == "call_function"] == ["dsv4.t_unsure.default"]
 
 
 @op("dsv4::t_turned", outputs=("a", "b"))
