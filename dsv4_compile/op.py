@@ -15,6 +15,7 @@ where nobody else can, and what is inlined back into a graph. Ops are functional
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
@@ -102,9 +103,14 @@ class Op:
 
     def arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """All arguments by name, defaults filled in."""
-        bound = inspect.signature(self.meaning).bind(*args, **kwargs)
+        bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         return dict(bound.arguments)
+
+    @cached_property
+    def signature(self) -> inspect.Signature:
+        """Of the meaning; to work it out takes longer than to run a small op."""
+        return inspect.signature(self.meaning)
 
     def claim(self, arguments: dict[str, Any], among: Any = DEVICES) -> tuple[Implementation | None, list[str]]:
         """The first implementation, in order of declaration, that accepts; and why those before it did not."""
@@ -120,8 +126,8 @@ class Op:
         return None, reasons
 
     def run(self, *args: Any) -> Any:
-        """The op on real tensors: whoever claims it, else its meaning."""
-        implementation, _ = self.claim(self.arguments(*args))
+        """The op on real tensors: whoever claims it, else its meaning. The dispatcher hands over every argument."""
+        implementation, _ = self.claim(dict(zip(self.signature.parameters, args, strict=True)))
         if implementation is not None:
             return implementation.run(*args)
         return self._each(self.meaning(*args), lambda x: own(x, args))
