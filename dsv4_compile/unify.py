@@ -116,19 +116,15 @@ class Search:
 
     def climb(self, missing: list[Node], binding: Binding) -> list[Work]:
         """A pattern node above what is bound, against each user in the graph that could be it."""
-        best: tuple[Node, list[Node]] | None = None
-        for p in missing:
-            below = [o for o in map(strip, p.all_input_nodes) if o in binding.nodes]
-            for o in below:
-                candidates = _users_like(p, strip(binding.nodes[o]))  # an input may be bound to one of several casts
-                if best is None or len(candidates) < len(best[1]):
-                    best = p, candidates
-        if best is None:
+        above = [(p, binding.nodes[o]) for p in missing for o in map(strip, p.all_input_nodes) if o in binding.nodes]
+        if not above:
             self.fail(binding, "a connected pattern", f"{missing[0]} touches nothing that is bound")
             return []
-        p, candidates = best
+        p, below, candidates = min(((p, m, _users_like(p, m)) for p, m in above), key=lambda x: len(x[2]))
         if not candidates:
-            self.fail(binding, f"a use by {term(p)}", "none")
+            taken = set(binding.nodes.values())
+            others = sorted({head(u) for u in users(below) if u not in taken})
+            self.fail(binding, f"a use by {head(p)}", ", ".join(others) or "none")
         return [[(p, c)] for c in candidates]
 
     # one pair

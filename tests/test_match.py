@@ -170,9 +170,9 @@ def test_an_interior_value_read_outside_refuses_unless_shared(rewritten_by):
         example={"logits": T(5, 11), "bias": T(11), "k": 7},
         shared=("aten.add",),
     )
-    # `total` is kept for its other reader; it needs the score, which is then read outside as well
     result, report = rewritten_by([shared(route_body_rule)], f, x, bias)
-    torch.testing.assert_close(result, f(x, bias))
+    torch.testing.assert_close(result, f(x, bias))  # what the other reader needs is computed twice
+    assert report.counts["t_route"] == 1
 
 
 def route_body_rule(logits, bias, k: Int, eps: Scalar, scale: Scalar):
@@ -223,7 +223,7 @@ def test_a_near_miss_says_what_was_expected_and_where(rewritten_by):
     _, report = rewritten_by([route], f, torch.randn(6, 10), torch.randn(10))
     (miss,) = report.misses
     assert miss.rule == "fuse.t_route/route" and miss.anchor == "aten.topk"
-    assert (miss.expected, miss.found) == ("a use by aten.sum", "none") or "aten.sum" in miss.expected
+    assert (miss.expected, miss.found) == ("a use by aten.sum", "aten.amax, aten.div")
     assert "test_match.py" in miss.where and 0.5 <= miss.progress < 1
 
 
