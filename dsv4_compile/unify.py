@@ -116,14 +116,15 @@ class Search:
 
     def climb(self, missing: list[Node], binding: Binding) -> list[Work]:
         """A pattern node above what is bound, against each user in the graph that could be it."""
-        above = [(p, binding.nodes[o]) for p in missing for o in map(strip, p.all_input_nodes) if o in binding.nodes]
+        below = binding.nodes
+        above = [(p, strip(below[o])) for p in missing for o in map(strip, p.all_input_nodes) if o in below]
         if not above:
             self.fail(binding, "a connected pattern", f"{missing[0]} touches nothing that is bound")
             return []
-        p, below, candidates = min(((p, m, _users_like(p, m)) for p, m in above), key=lambda x: len(x[2]))
+        p, read, candidates = min(((p, m, _users_like(p, m)) for p, m in above), key=lambda x: len(x[2]))
         if not candidates:
             taken = set(binding.nodes.values())
-            others = sorted({head(u) for u in users(below) if u not in taken})
+            others = sorted({head(u) for u in users(read) if u not in taken})
             self.fail(binding, f"a use by {head(p)}", ", ".join(others) or "none")
         return [[(p, c)] for c in candidates]
 
