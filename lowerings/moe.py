@@ -80,24 +80,29 @@ def _(x, expert, gate, w1, w3, w2, limit, s1, s3, s2, t1, t3, t2):
     stored = (w1, s1, t1), (w3, s3, t3), (w2, s2, t2)
     if expert.numel() == 0:
         return x.new_zeros(x.shape, dtype=out)
-    run = one_token if x.shape[0] == 1 else many_tokens
+    run = few_tokens if expert.numel() <= w1.shape[0] else many_tokens
     return run(acc(x), expert, gate.to(acc(x).dtype), stored, limit).to(out)
 
 
-def one_token(x: Tensor, expert: Tensor, gate: Tensor, stored: Sequence[Stored], limit: float) -> Tensor:
-    """Matrix times vector, on views of plain weights."""
-    index, row = expert[0], x[0]
-    chosen = index.tolist()
-    m1, m3, m2 = (matrices(s, chosen, index, x.dtype) for s in stored)
-    h = clamped(torch.stack([m.mv(row) for m in m1]), torch.stack([m.mv(row) for m in m3]), limit)
-    y = torch.zeros_like(row)
-    for m, h_j in zip(m2, h.mul_(gate.reshape(-1, 1)).unbind(0), strict=True):
-        y.addmv_(m, h_j)
-    return y.view(1, -1)
+def few_tokens(x: Tensor, expert: Tensor, gate: Tensor, stored: Sequence[Stored], limit: float) -> Tensor:
+    """Choice by choice, matrix times vector: 0.1 ms where gathering the matrices takes 0.25 (N = 1, k = 4, D = 192, I = 64,
+    fp32, one core), 0.3 against 1.6 with MXFP4 weights."""
+    chosen = expert.tolist()
+    hit = sorted({e for row in chosen for e in row})
+    m1, m3, m2 = (dict(zip(hit, matrices(s, hit, x.dtype), strict=True)) for s in stored)
+    choices = [(e, row) for row, es in zip(x.unbind(0), chosen, strict=True) for e in es]
+    h = clamped(torch.stack([m1[e].mv(v) for e, v in choices]), torch.stack([m3[e].mv(v) for e, v in choices]), limit)
+    h = h.mul_(gate.reshape(-1, 1)).view(*expert.shape, -1)
+    y = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    for y_n, es, hs in zip(y.unbind(0), chosen, h.unbind(0), strict=True):
+        for e, h_j in zip(es, hs.unbind(0), strict=True):
+            y_n.addmv_(m2[e], h_j)
+    return y
 
 
 def many_tokens(x: Tensor, expert: Tensor, gate: Tensor, stored: Sequence[Stored], limit: float) -> Tensor:
-    """Sort the choices by expert, one product for each expert that has any, back in the order of the choices, and sum."""
+    """Sort the choices by expert, one product for each expert that has any, back in the order of the choices, and sum:
+    18 ms where blocks of rows take 55 (N = 2048, 24 experts, sizes as above), and torch's grouped product in bf16 140."""
     (N, k), D, flat = expert.shape, x.shape[1], expert.flatten()
     X, I = stored[0][0].shape[:2]
     order, count = flat.argsort(stable=True), flat.bincount(minlength=X).tolist()
@@ -109,8 +114,8 @@ def many_tokens(x: Tensor, expert: Tensor, gate: Tensor, stored: Sequence[Stored
         slab = hit[i : i + step]
         sizes = [count[e] for e in slab]
         first, last = last, last + sum(sizes)
-        here, index = rows[first:last], torch.tensor(slab, device=x.device)
-        m1, m3, m2 = (matrices(s, slab, index, x.dtype) for s in stored)
+        here = rows[first:last]
+        m1, m3, m2 = (matrices(s, slab, x.dtype) for s in stored)
         h = clamped(products(here, m1, sizes), products(here, m3, sizes), limit).mul_(weight[first:last])
         y[first:last] = products(h, m2, sizes)
     y = torch.empty_like(y).index_copy_(0, order, y).view(N, k, D)
@@ -133,12 +138,14 @@ def clamped(g: Tensor, u: Tensor, limit: float) -> Tensor:
     return F.silu(g.clamp_(max=limit), inplace=True).mul_(u.clamp_(-limit, limit))
 
 
-def matrices(stored: Stored, experts: list[int], index: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
-    """The plain matrices of some experts, given as a list and as a tensor; views where nothing has to be computed."""
+def matrices(stored: Stored, experts: list[int], dtype: torch.dtype) -> Sequence[Tensor]:
+    """The plain matrices of some experts; views where nothing has to be computed."""
     weight, scale, scale_2 = stored
+    if scale is None and weight.dtype == dtype:
+        return [weight[e] for e in experts]
+    index = torch.tensor(experts, device=weight.device)
     if scale is None:
-        views = [weight[e] for e in experts]
-        return views if weight.dtype == dtype else [v.to(dtype) for v in views]
+        return weight.index_select(0, index).to(dtype).unbind(0)
     scale_2 = None if scale_2 is None else scale_2.index_select(0, index)
     return dequantized(pick(weight, index), pick(scale, index), scale_2).to(dtype).unbind(0)
 
