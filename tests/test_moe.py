@@ -112,8 +112,9 @@ def test_bf16_is_computed_in_fp32(format, N):
 
 
 def test_each_token_is_summed_in_the_order_of_its_choices():
-    """Contributions 1e8, 1, -1e8 in fp32: only one order of three loses the 1. The same alone and among others."""
-    w = torch.tensor([1e8, 1.0, -1e8]).view(3, 1, 1)
+    """Contributions 2^27, 1, -2^27 in fp32, whose products are exact: only one order of three loses the 1. The same
+    alone and among others."""
+    w = torch.tensor([2.0**27, 1.0, -(2.0**27)]).view(3, 1, 1)
     one = torch.ones(3, 1, 1)
     silu = F.silu(torch.ones(())).item()
     for choices, want in (([0, 1, 2], 0.0), ([0, 2, 1], silu), ([2, 0, 1], silu), ([1, 0, 2], 0.0)):
