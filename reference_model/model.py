@@ -105,7 +105,8 @@ class Compressor(Exact):
         z = F.linear(acc(x), acc(self.wgate.weight)) + self.ape[chunk.position % self.m]
         c = chunk.extend(None if state is None else state.values, c)  # [B, S, C]
         z = chunk.extend(None if state is None else state.gates, z)
-        e = compress(c, z, windows.index, self.norm.weight, self.norm.eps, *step.window_rope[self.m], self.overlap)
+        cos, sin = step.window_rope[self.m]  # [B, n, dr/2]
+        e = compress(c, z, windows.index, self.norm.weight, self.norm.eps, cos, sin, self.overlap)
         e = e.to(x.dtype)  # [B, n, d]
         if state is None:
             return e

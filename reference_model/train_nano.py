@@ -148,7 +148,7 @@ def train(model: DSV4, optimizer: Optimizer, sampler: Sampler, args, say: Callab
         tokens = sampler.draw(args.batch, args.seq)
         optimizer.publish(progress >= QUANTISED_FROM)
         dense = progress < SPARSE_FROM
-        if dense != was_dense:
+        if run is None or dense != was_dense:
             run = None  # gives the old graph's memory back first
             run, was_dense = kind(model, tokens, step, dense), dense
         result = run(tokens)

@@ -78,18 +78,18 @@ def attention(attn: Attention, x: Tensor, step: Step, dense: bool, out: Pass) ->
     kv = rope(attn.kv_norm(attn.wkv(x)), cos.squeeze(2), sin.squeeze(2))
     W = min(step.window.shape[-1], T)
     keys, seen = band(kv, W)
-    score = entries = None
+    score = entries = visible = None
     if attn.kind != SWA:
         entries = attn.compressor(x, step, None)  # [B, E, d]
         visible = torch.arange(entries.shape[1], device=x.device) < step.windows[attn.m].visible.unsqueeze(-1)
         keys = torch.cat([keys, entries.unsqueeze(1).expand(-1, T // W, -1, -1)], 2)
         seen = torch.cat([seen.expand(B, -1, -1, -1), visible.unflatten(1, (-1, W))], -1)  # [B, b, W, 2W + E]
-    if attn.kind == CSA:
+    if attn.kind == CSA and visible is not None:
         score = attn.indexer.score(x.detach(), qr.detach(), step, None).masked_fill(~visible, NEVER)  # [B, T, E]
     q = acc(q).unflatten(1, (-1, W)).transpose(2, 3).flatten(2, 3)  # [B, b, h W, d]
     logits = (q @ acc(keys).transpose(-1, -2) * d**-0.5).unflatten(2, (h, W))  # [B, b, h, W, 2W + E]
     logits = logits.masked_fill(~seen.unsqueeze(2), NEVER)
-    if score is not None:
+    if score is not None and visible is not None:
         picked = pick(score, visible, attn.indexer.k)
         teach(attn, logits.detach(), score, visible, picked, out)
         if not dense:
