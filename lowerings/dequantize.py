@@ -21,9 +21,9 @@ def dequantize(weight: Tensor, scale: Tensor, scale_2: Tensor | None = None) -> 
     Source: DeepSeek-V4, Checkpoints.
     """
     if weight.dtype == torch.float8_e4m3fn:
-        rows, columns = weight.shape[-2:]
-        spread = scale.float().repeat_interleave(FP8_BLOCK, -2).repeat_interleave(FP8_BLOCK, -1)
-        return weight.float() * spread[..., :rows, :columns]
+        row, column = (torch.arange(n, device=weight.device) // FP8_BLOCK for n in weight.shape[-2:])
+        # an index, since Inductor on CPU miscompiles repeat_interleave cut inside a block
+        return weight.float() * scale.float()[..., row.unsqueeze(-1), column]
     code = torch.stack((weight & 15, weight >> 4), -1).flatten(-2)
     m = (code & 7).float()  # the magnitudes 0 0.5 1 1.5 2 3 4 6 are the upper envelope of three lines
     magnitude = torch.maximum(torch.maximum(m * 0.5, m - 2), m * 2 - 8)
