@@ -12,6 +12,7 @@ import torch
 from .errors import DSV4Error, nearest
 
 if TYPE_CHECKING:
+    from .config import Config
     from .reference_model import DSV4
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -54,8 +55,9 @@ def read_dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else DTYPES[name]
 
 
-def backend_options(disable: str | None, inner: str | None, device: torch.device) -> dict[str, Any]:
-    """Options for `torch.compile(backend="dsv4")`, all of them checked now instead of inside Dynamo."""
+def backend_options(disable: str | None, inner: str | None, device: torch.device) -> tuple[dict[str, Any], Config]:
+    """Options for `torch.compile(backend="dsv4")`, all of them checked now instead of inside Dynamo, and what they mean
+    together with DSV4_* variables."""
     from . import backend, config
     from .op import DEVICES
     from .patterns import RULES
@@ -65,7 +67,7 @@ def backend_options(disable: str | None, inner: str | None, device: torch.device
     with as_input_error(DSV4Error):
         resolved = config.resolve(options, passes={rule.name for rule in RULES}, devices=DEVICES)
         backend.chosen_inner(resolved.inner or "inductor", [torch.empty(0, device=device)])
-    return options
+    return options, resolved
 
 
 def load_model(

@@ -6,18 +6,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import inputs, measure
-from .report import Report, reports
+from . import inputs, measure, sites
+from .config import Config
+from .report import reports
 from .screen import Screen
 from .text import special, text_of
+from .warm import Mark
+
+if TYPE_CHECKING:
+    from .reference_model import State
 
 TEXT_BYTES = 8192  # held-out text that accuracy is measured on
 TIMED_STEPS = 32
+FEW = 64  # tokens of a prompt that decode may read one by one
 
 
 @dataclass(frozen=True)
@@ -41,50 +47,56 @@ def run(ask: Ask, screen: Screen) -> dict[str, Any]:
     start = perf_counter()
     device = inputs.read_device(ask.device)
     dtype = inputs.read_dtype(ask.dtype)
-    options = inputs.backend_options(ask.disable, ask.inner, device)
+    options, config = inputs.backend_options(ask.disable, ask.inner, device)
     if ask.compare not in (None, "inductor"):
         raise inputs.InputError(f"--compare {ask.compare}: expected inductor")
     if ask.temperature < 0:
         raise inputs.InputError(f"--temperature {ask.temperature}: expected 0 (greedy) or more")
     with torch.inference_mode():
-        job = Job(ask, screen, device, dtype, options, start)
+        job = Job(ask, screen, start)
+        job.load(device, dtype)
+        job.prepare(options, config)
         job.generate()
         return job.compare()
 
 
 class Job:
-    """One run. Prefill is compiled with inner="eager": captured, rewritten and run op by op, so that the first token
-    does not wait for generated code; decode is compiled in full."""
+    """One run. Decode is compiled in full; prefill is rewritten and run op by op (inner="eager"), which spares its user the
+    wait for generated code. The first token comes from prefill, or on a warm start from decode, whose graph is in torch's
+    caches, with the prompt fed one token at a time."""
 
-    def __init__(
-        self,
-        ask: Ask,
-        screen: Screen,
-        device: torch.device,
-        dtype: torch.dtype | None,
-        options: dict[str, Any],
-        start: float,
-    ):
+    def __init__(self, ask: Ask, screen: Screen, start: float):
         self.ask, self.screen, self.start = ask, screen, start
-        with screen.step("loading") as step:
-            self.model, folder = inputs.load_model(ask.model, device, dtype, step.at)
-        config = self.model.config
-        self.text = text_of(folder, config)
-        self.begin = list(special(config.bos_token_id)[:1])
-        self.prompt = [*self.begin, *self.text.encode(ask.prompt)]
-        inputs.check_fits(len(self.prompt), ask.max_new_tokens, config.max_position_embeddings)
-        need = len(self.prompt) + ask.max_new_tokens
-        self.runner = measure.Runner(self.model, measure.Sizes.fit(need, config.max_position_embeddings))
-        self.prefill = torch.compile(
-            self.model, backend="dsv4", options=options | {"inner": "eager"}, dynamic=False, fullgraph=True
-        )
-        self.decode = torch.compile(self.model, backend="dsv4", options=options, dynamic=False, fullgraph=True)
-        self.report = Report()
         self.compile_s = self.first_token_s = 0.0
         self.recompiles = 0
 
+    def load(self, device: torch.device, dtype: torch.dtype | None) -> None:
+        """Model, tokenizer and prompt."""
+        with self.screen.step("loading") as step:
+            self.model, folder = inputs.load_model(self.ask.model, device, dtype, step.at)
+        config = self.model.config
+        self.text = text_of(folder, config)
+        self.begin = list(special(config.bos_token_id)[:1])
+        self.prompt = [*self.begin, *self.text.encode(self.ask.prompt)]
+        if not self.prompt:
+            raise inputs.InputError("--prompt is empty and the model has no bos token to start from: give some text")
+        inputs.check_fits(len(self.prompt), self.ask.max_new_tokens, config.max_position_embeddings)
+        need = len(self.prompt) + self.ask.max_new_tokens
+        self.runner = measure.Runner(self.model, measure.Sizes.fit(need, config.max_position_embeddings))
+
+    def prepare(self, options: dict[str, Any], config: Config) -> None:
+        """What will be compiled; nothing is yet."""
+        weights = [(name, p.dtype, tuple(p.shape)) for name, p in self.model.named_parameters()]
+        self.mark = Mark(config, self.model.config, weights, self.runner.device.type, self.runner.sizes)
+        self.warm = len(self.prompt) <= FEW and config.inner != "eager" and self.mark.is_set()
+        self.decode = self.compiled(backend="dsv4", options=options)
+        self.prefill = self.compiled(backend="dsv4", options=options | {"inner": "eager"})
+
+    def compiled(self, **how: Any) -> measure.Forward:
+        return torch.compile(self.model, dynamic=False, fullgraph=True, **how)
+
     def generate(self) -> None:
-        """Stream the continuation of the prompt. The first token comes from prefill, before decode is compiled."""
+        """Stream the continuation of the prompt."""
         from .reference_model import sample
 
         runner, ends, show = self.runner, special(self.model.config.eos_token_id), self.text.stream()
@@ -94,15 +106,19 @@ class Job:
             return int(sample(logits.unsqueeze(0), self.ask.temperature, generator=generator))
 
         state = runner.state()
-        with self.screen.step("compiling prefill (graph rewritten, run op by op)"):
-            logits = self.first_call(lambda: runner.prefill(self.prefill, self.prompt, state)[-1])
-        self.report = reports()[-1]
+        logits = self.read_step_by_step(state) if self.warm else self.compile_prefill(state)
         token = choose(logits)
         text = "" if token in ends else show(token)
         self.first_token_s = perf_counter() - self.start
-        self.screen.note(f"first token after {self.first_token_s:.1f} s: {text!r}")
-        with self.screen.step("compiling decode"):
-            logits = self.first_call(lambda: runner.decode(self.decode, token, state))
+        self.screen.note(
+            f"first token after {self.first_token_s:.1f} s, from {'decode' if self.warm else 'prefill'}: {text!r}"
+        )
+        if self.warm:
+            logits = runner.decode(self.decode, token, state)
+        else:
+            with self.screen.step("compiling decode"):
+                logits = self.first_call(lambda: runner.decode(self.decode, token, state))
+            self.mark.set()
         graphs = graphs_compiled()
         self.screen.write(self.ask.prompt + text)
         for _ in range(self.ask.max_new_tokens - 1):
@@ -112,6 +128,24 @@ class Job:
             logits = runner.decode(self.decode, token, state)
         self.screen.write("\n\n")
         self.recompiles = graphs_compiled() - graphs
+        if self.warm:
+            self.compile_prefill(runner.state())
+
+    def read_step_by_step(self, state: State) -> Tensor:
+        """The prompt through the decode graph -> logits [V] of the next token."""
+        with self.screen.step("compiling decode, in torch's caches"):
+            logits = self.first_call(lambda: self.runner.decode(self.decode, self.prompt[0], state))
+        for token in self.prompt[1:]:
+            logits = self.runner.decode(self.decode, token, state)
+        return logits
+
+    def compile_prefill(self, state: State) -> Tensor:
+        """The prompt through the prefill graph -> logits [V] of the next token. The graph passes by the caches, so its
+        report is always there."""
+        with self.screen.step("compiling prefill, to run op by op"):
+            logits = self.first_call(lambda: self.runner.prefill(self.prefill, self.prompt, state)[-1])
+        self.counts = dict(reports()[-1].counts)
+        return logits
 
     def first_call(self, work: Callable[[], Tensor]) -> Tensor:
         """The result of a call that compiles; its time counts as compile time."""
@@ -133,6 +167,9 @@ class Job:
             read = measure.reading(runner, prefill, parts, len(content), step.tick)
         if self.ask.compare:
             prefill["inductor"] = decode["inductor"] = self.plain_inductor(ids)
+            with self.screen.step("compiling prefill in full"):
+                self.first_call(lambda: runner.prefill(self.decode, ids[:1], runner.state()))
+            prefill["compiled"] = self.decode
         with self.screen.step("timing prefill"):
             prefill_rates = measure.prefill_rates(runner, prefill, ids)
         with self.screen.step("timing decode") as step:
@@ -140,8 +177,8 @@ class Job:
             steps = min(TIMED_STEPS, cut)
             decoded = measure.decoding(runner, decode, ids[:cut], ids[cut : cut + steps], step.tick)
         return {
-            "sites": dict(self.report.sites),
-            "counts": dict(self.report.counts),
+            "sites": sites.expected(self.model),
+            "counts": self.counts,
             "compile_s": self.compile_s,
             "first_token_s": self.first_token_s,
             "prefill_tok_s": by_contender(prefill_rates),
@@ -152,8 +189,13 @@ class Job:
         }
 
     def plain_inductor(self, ids: list[int]) -> measure.Forward:
-        """torch.compile without us, already compiled for both shapes."""
-        forward, runner = torch.compile(self.model, dynamic=False, fullgraph=True), self.runner
+        """torch.compile without our rules, already compiled for both shapes."""
+        runner = self.runner
+        forward = self.compiled(backend="inductor")
+        if any(p.dtype == torch.float8_e8m0fnu for p in self.model.parameters()):
+            # Inductor alone cannot call region bodies with such scales; see regions.py.
+            self.screen.note("e8m0 scales: plain Inductor runs behind dsv4 with all its passes off")
+            forward = self.compiled(backend="dsv4", options={"passes": "none"})
         with self.screen.step("compiling prefill with plain Inductor"):
             runner.prefill(forward, ids[: runner.sizes.chunk], runner.state())
         with self.screen.step("compiling decode with plain Inductor"):
