@@ -26,7 +26,7 @@ def run(
     temperature: Annotated[float, Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, Option(help="Seed of the sampling.")] = 0,
     device: Annotated[str | None, Option(help="cpu, cuda or cuda:N; CUDA where there is one.")] = None,
-    dtype: Annotated[str | None, Option(help="Compute dtype, such as bfloat16; as stored if left out.")] = None,
+    dtype: Annotated[str | None, Option(help="Compute dtype; float32 on CPU, as stored on CUDA.")] = None,
     disable: Annotated[
         str | None, Option(metavar="GLOBS", help="Passes to leave out, such as 'fuse.moe,raise.*'.")
     ] = None,

@@ -48,11 +48,14 @@ def read_device(name: str | None) -> torch.device:
     return device
 
 
-def read_dtype(name: str | None) -> torch.dtype | None:
-    """The compute dtype asked for; None keeps what the checkpoint stores."""
+def read_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
+    """The compute dtype asked for. By default fp32 on a CPU, where narrower types are slower, and elsewhere None, which keeps
+    what the checkpoint stores. Quantised weights stay as they are."""
     if name is not None and name not in DTYPES:
         raise InputError(f"--dtype: unknown dtype {name!r}{nearest(name, DTYPES)}")
-    return None if name is None else DTYPES[name]
+    if name is not None:
+        return DTYPES[name]
+    return torch.float32 if device.type == "cpu" else None
 
 
 def backend_options(disable: str | None, inner: str | None, device: torch.device) -> tuple[dict[str, Any], Config]:

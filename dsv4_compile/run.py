@@ -46,7 +46,7 @@ def run(ask: Ask, screen: Screen) -> dict[str, Any]:
     """Do the job, showing it on the screen; returns the content of `--report`. Raises InputError."""
     start = perf_counter()
     device = inputs.read_device(ask.device)
-    dtype = inputs.read_dtype(ask.dtype)
+    dtype = inputs.read_dtype(ask.dtype, device)
     options, config = inputs.backend_options(ask.disable, ask.inner, device)
     if ask.compare not in (None, "inductor"):
         raise inputs.InputError(f"--compare {ask.compare}: expected inductor")
