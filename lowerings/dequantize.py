@@ -21,8 +21,9 @@ def dequantize(weight: Tensor, scale: Tensor, scale_2: Tensor | None = None) -> 
     Source: DeepSeek-V4, Checkpoints.
     """
     if weight.dtype == torch.float8_e4m3fn:
-        row, column = (torch.arange(n, device=weight.device) // FP8_BLOCK for n in weight.shape[-2:])
-        # an index, since Inductor on CPU miscompiles repeat_interleave cut inside a block
+        # in floats, since Inductor simplifies integer indices of blocks that are cut short to wrong addresses
+        sizes = (torch.arange(n, dtype=torch.float32, device=weight.device) for n in weight.shape[-2:])
+        row, column = ((size / FP8_BLOCK).floor().long() for size in sizes)
         return weight.float() * scale.float()[..., row.unsqueeze(-1), column]
     code = torch.stack((weight & 15, weight >> 4), -1).flatten(-2)
     m = (code & 7).float()  # the magnitudes 0 0.5 1 1.5 2 3 4 6 are the upper envelope of three lines

@@ -9,6 +9,7 @@ from . import attention, compressor, dequantize, grouped_mm, mhc, moe, norm, poi
 
 RULES: tuple[Rule, ...] = (
     dequantize.fp8,
+    dequantize.fp8_indexed,
     dequantize.mxfp4,
     dequantize.nvfp4,
     grouped_mm.native,

@@ -42,6 +42,35 @@ def fp8(product: Node) -> Found | str | None:
     return Found({"weight": weight, "scale": scale}, [product], [product, *cuts])
 
 
+def indexed_blocks(match: Match) -> bool | str:
+    """Of the pattern below: dtypes, and as many scales as blocks."""
+    for name in ("weight", "scale"):
+        match.arguments[name] = below_casts(match.arguments[name])
+    if match.dtype("weight") != E4M3:
+        return f"weight is {match.dtype('weight')}, expected {E4M3}"
+    sizes = zip(shape(match.arguments["scale"])[-2:], shape(match.arguments["weight"])[-2:], strict=True)
+    return (
+        all(known(b == -(-n // FP8_BLOCK)) for b, n in sizes) or f"one scale for each {FP8_BLOCK} x {FP8_BLOCK} block"
+    )
+
+
+@rule(
+    dequantize,
+    name="raise.dequantize",
+    anchor="index",
+    example=[
+        {"weight": T(7, 11, dtype=E4M3), "scale": T(3, 5)},
+        {"weight": T(13, 7, 11, dtype=E4M3), "scale": T(13, 3, 5)},
+    ],
+    check=indexed_blocks,
+    shared=("aten.div", "aten.floor", "prims.convert_element_type"),  # the block of each row and column
+)
+def fp8_indexed(weight, scale):
+    sizes = (torch.arange(n, dtype=torch.float32, device=weight.device) for n in weight.shape[-2:])
+    row, column = ((size / FP8_BLOCK).floor().long() for size in sizes)
+    return weight.float() * scale[..., row.unsqueeze(-1), column]
+
+
 def below_casts(x):
     while is_cast(x):
         x = x.args[0]

@@ -30,9 +30,8 @@ def dequantize(
         return weight
     assert scale is not None, f"format {format!r} needs a scale"
     if format == "fp8":
-        rows, columns = weight.shape[-2:]
-        spread = scale.float().repeat_interleave(FP8_BLOCK, -2).repeat_interleave(FP8_BLOCK, -1)
-        return weight.float() * spread[..., :rows, :columns]
+        row, column = (_block(n, weight.device) for n in weight.shape[-2:])
+        return weight.float() * scale.float()[..., row.unsqueeze(-1), column]
     value = _e2m1(weight).unflatten(-1, (scale.shape[-1], -1)) * scale.float().unsqueeze(-1)
     if format == "mxfp4":
         return value.flatten(-2)
@@ -40,6 +39,12 @@ def dequantize(
         assert scale_2 is not None, "format 'nvfp4' needs a scale_2"
         return value.flatten(-2) * scale_2[..., None, None]
     raise ValueError(f"format {format!r}: expected 'none', 'fp8', 'mxfp4' or 'nvfp4'")
+
+
+def _block(n: int, device: torch.device) -> Tensor:
+    """The FP8 block of each of n rows or columns. In floats: Inductor (torch 2.13) simplifies integer indices of blocks
+    that n cuts short, by // or repeat_interleave, to wrong addresses."""
+    return (torch.arange(n, dtype=torch.float32, device=device) / FP8_BLOCK).floor().long()
 
 
 def _e2m1(packed: Tensor) -> Tensor:

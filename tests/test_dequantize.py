@@ -13,7 +13,7 @@ from dsv4_compile.patterns import dequantize as rules
 from dsv4_compile.reference_model import quant
 
 E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
-ALL = (rules.fp8, rules.mxfp4, rules.nvfp4)
+ALL = (rules.fp8, rules.fp8_indexed, rules.mxfp4, rules.nvfp4)
 
 
 # The formats, number by number
@@ -239,3 +239,11 @@ def test_mxfp4_differences_do_not_raise(rewritten_by, monkeypatch, name):
     assert torch.equal(got, decoded(weight, scale, **change))
     assert report.rules["raise.dequantize"] == (name == "nothing")
     assert name == "nothing" or any(reason in str(m) for m in report.misses)
+
+
+@pytest.mark.parametrize("shape", [(96, 192), (24, 64, 192)], ids=str)
+def test_stock_inductor_reads_blocks_that_are_cut_short(shape):
+    """Blocks found by integer division gave it wrong addresses, so the model finds them in floats."""
+    weight, scale, _ = quant.quantize(torch.randn(shape), "fp8")
+    compiled = torch.compile(lambda w, s: quant.dequantize(w, s, None, "fp8"), backend="inductor")
+    assert torch.equal(compiled(weight, scale), quant.dequantize(weight, scale, None, "fp8"))
