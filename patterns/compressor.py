@@ -5,14 +5,10 @@ import torch
 from dsv4_compile.lowerings.compressor import compressor
 from dsv4_compile.lowerings.pointwise import softmax
 from dsv4_compile.match import Match, Scalar, T, rule
+from dsv4_compile.patterns.attention import take
 
 ROWS = dict(index=T(4, 11, 10, dtype=torch.int64), weight=T(19), cos=T(4, 11, 3), sin=T(4, 11, 3))
 SHARED = ("aten.clamp_min", "aten.lt", "aten.full")  # of the windows' row lists, which layers have in common
-
-
-def gather(x, index):
-    batch = torch.arange(x.shape[0], device=x.device).view(-1, 1, 1)
-    return x[batch, index.clamp(min=0)]
 
 
 def entry(c, z, index, weight, cos, sin, eps):
@@ -50,7 +46,7 @@ def separate(match: Match) -> bool:
 )
 def overlap(c, z, index, weight, cos, sin, eps: Scalar):
     m, d = index.shape[-1] // 2, weight.shape[0]
-    c, z = halves(gather(c, index), m, d), halves(gather(z, index), m, d)
+    c, z = halves(take(c, index), m, d), halves(take(z, index), m, d)
     return entry(c, z, index, weight, cos, sin, eps)
 
 
@@ -63,4 +59,4 @@ def overlap(c, z, index, weight, cos, sin, eps: Scalar):
     shared=SHARED,
 )
 def plain(c, z, index, weight, cos, sin, eps: Scalar):
-    return entry(gather(c, index), gather(z, index), index, weight, cos, sin, eps)
+    return entry(take(c, index), take(z, index), index, weight, cos, sin, eps)

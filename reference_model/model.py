@@ -391,8 +391,9 @@ class Step:
             m = config.rate(kind)
             self.windows[m] = windows = Windows(chunk, m, kind == CSA, max_len)
             self.window_rope[m] = tables["compress"](windows.first)  # [B, n, dr/2]
-            entry = torch.arange(windows.count, device=chunk.start.device)
-            self.all_entries[m] = torch.where(entry < windows.visible.unsqueeze(-1), entry, -1)  # [B, T, E]
+            if kind == HCA:  # CSA picks
+                entry = torch.arange(windows.count, device=chunk.start.device)
+                self.all_entries[m] = torch.where(entry < windows.visible.unsqueeze(-1), entry, -1)  # [B, T, E]
 
 
 class Block(nn.Module):

@@ -16,6 +16,14 @@ def fresh():
 
 
 @pytest.fixture
+def poisoned():
+    """Memory that an implementation allocates and does not write is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def rewritten():
     """rewritten(f, *args, **options) -> (result, Report): f compiled without code generation, as one graph, under strict."""
     from dsv4_compile.backend import backend

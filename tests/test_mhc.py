@@ -76,14 +76,6 @@ def parts(result):
     return result if isinstance(result, tuple) else (result,)
 
 
-@pytest.fixture
-def poisoned():
-    """Memory that an implementation allocates and does not write is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("shape", [(1, 4, 192), (33, 4, 10), (1, 1, 1), (3, 2, 1), (2, 5, 7), (0, 4, 6)], ids=str)
 def test_meaning_and_cpu_say_what_the_formula_says(shape):

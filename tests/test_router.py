@@ -30,14 +30,6 @@ def formula(logits, bias, k, scale, eps):
     return torch.tensor(experts, dtype=torch.int64).view(shape), torch.tensor(gates, dtype=torch.float64).view(shape)
 
 
-@pytest.fixture
-def poisoned():
-    """Memory that an implementation allocates and does not write is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("N", "X", "k"), [(1, 16, 4), (40, 10, 3), (3, 256, 6), (1, 1, 1), (50, 5, 5), (0, 8, 2)])
 def test_meaning_and_cpu_say_what_the_formula_says(N, X, k):
