@@ -1,7 +1,8 @@
 """What a run measures: tokens a second, how far logits lie apart, bits per byte.
 
 All calls have one of two shapes, a chunk of C tokens (padded, with `lengths`) or one token, both with a state of one
-`max_len`: two graphs serve every prompt.
+`max_len`: two graphs serve every prompt. Every call records its choices of experts and entries, or replays recorded ones:
+logits are compared under the same choices, since a near tie that falls the other way says nothing about accuracy.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .reference_model import DSV4, State
+    from .reference_model import DSV4, Selection, State
 
 Forward = Callable[..., Tensor]
 LN2 = math.log(2)
@@ -39,7 +41,8 @@ class Sizes:
 
 
 class Runner:
-    """Feeds one sequence at a time to any forward of one model."""
+    """Feeds one sequence at a time to any forward of one model. `picks`: one selection a call; recorded where the list is
+    empty, replayed where it is not."""
 
     def __init__(self, model: DSV4, sizes: Sizes):
         self.model, self.sizes = model, sizes
@@ -48,19 +51,40 @@ class Runner:
     def state(self) -> State:
         return self.model.new_state(1, self.sizes.max_len)
 
-    def prefill(self, forward: Forward, tokens: Sequence[int], state: State) -> Tensor:
+    def prefill(
+        self, forward: Forward, tokens: Sequence[int], state: State, picks: list[Selection] | None = None
+    ) -> Tensor:
         """Append tokens to the state, chunk by chunk -> logits [T, V]."""
+        chunk = self.sizes.chunk
+        starts = range(0, len(tokens), chunk)
         logits = []
-        for start in range(0, len(tokens), self.sizes.chunk):
-            part = torch.tensor(tokens[start : start + self.sizes.chunk], dtype=torch.int64, device=self.device)
-            padded = F.pad(part, (0, self.sizes.chunk - len(part))).unsqueeze(0)
+        for start, pick in zip(starts, self.picked(picks, len(starts)), strict=True):
+            part = torch.tensor(tokens[start : start + chunk], dtype=torch.int64, device=self.device)
+            padded = F.pad(part, (0, chunk - len(part))).unsqueeze(0)
             lengths = torch.tensor([len(part)], device=self.device)
-            logits.append(forward(padded, state, lengths=lengths)[0, : len(part)])
+            logits.append(forward(padded, state, lengths=lengths, selection=pick)[0, : len(part)])
         return torch.cat(logits)
 
     def decode(self, forward: Forward, token: int, state: State) -> Tensor:
         """Append one token -> logits [V] of the next."""
-        return forward(torch.tensor([[token]], device=self.device), state)[0, -1]
+        return self.decode_all(forward, [token], state)[0]
+
+    def decode_all(
+        self, forward: Forward, tokens: Sequence[int], state: State, picks: list[Selection] | None = None
+    ) -> Tensor:
+        """Append tokens one by one -> logits [T, V]."""
+        pairs = zip(tokens, self.picked(picks, len(tokens)), strict=True)
+        at = self.device
+        return torch.stack([forward(torch.tensor([[t]], device=at), state, selection=s)[0, -1] for t, s in pairs])
+
+    def picked(self, picks: list[Selection] | None, calls: int) -> list[Selection]:
+        """The selections of so many calls; new ones are put into the list."""
+        from .reference_model import Selection
+
+        picks = [] if picks is None else picks
+        if not picks:
+            picks.extend(Selection() for _ in range(calls))
+        return picks
 
     def seconds(self, work: Callable[[], object]) -> float:
         """Wall time of some work, the device's included."""
@@ -84,13 +108,13 @@ def prefill_rates(
     for _ in range(rounds):
         for name, forward in forwards.items():
             state = runner.state()
-            seconds[name].append(runner.seconds(lambda f=forward, s=state: runner.prefill(f, tokens, s)))  # type: ignore[misc]
+            seconds[name].append(runner.seconds(partial(runner.prefill, forward, tokens, state)))
     return {name: len(tokens) / median(s) for name, s in seconds.items()}
 
 
 @dataclass
 class Decoding:
-    """rates: tokens a second by name. error: largest difference to the logits of "eager", by name."""
+    """rates: tokens a second by name. error: of each against "eager" under its choices, by name."""
 
     rates: dict[str, float]
     error: dict[str, float]
@@ -109,25 +133,25 @@ def decoding(
     `forwards` must hold "eager". The prompt is read eagerly, so that all start from the same state.
     """
     turn = max(len(tokens) // rounds, 1)
-    states = {name: runner.state() for name in forwards}
-    for state in states.values():
+    states, shadows = ({name: runner.state() for name in forwards} for _ in range(2))
+    for state in (*states.values(), *shadows.values()):
         runner.prefill(forwards["eager"], prompt, state)
         tick()
     seconds: dict[str, list[float]] = {name: [] for name in forwards}
     error = dict.fromkeys(forwards, 0.0)
     for start in range(0, len(tokens), turn):
-        part, logits = tokens[start : start + turn], {}
+        part = tokens[start : start + turn]
         for name, forward in forwards.items():
+            picks: list[Selection] = []
             out: list[Tensor] = []
 
-            def steps(forward: Forward = forward, state: State = states[name], out: list[Tensor] = out) -> None:
-                out.extend(runner.decode(forward, token, state) for token in part)  # noqa: B023 (called at once)
+            def steps(forward: Forward = forward, state: State = states[name], out=out, picks=picks) -> None:
+                out.append(runner.decode_all(forward, part, state, picks))  # noqa: B023 (called at once)
 
             seconds[name].append(runner.seconds(steps) / len(part))
-            logits[name] = torch.stack(out)
+            want = runner.decode_all(forwards["eager"], part, shadows[name], picks)
+            error[name] = max(error[name], distance(out[0], want))
             tick()
-        for name in forwards:
-            error[name] = max(error[name], distance(logits[name], logits["eager"]))
     return Decoding({name: 1 / median(s) for name, s in seconds.items()}, error)
 
 
@@ -144,10 +168,12 @@ def windows(begin: Sequence[int], ids: Sequence[int], max_len: int) -> list[tupl
 
 @dataclass
 class Reading:
-    """bits_per_byte by name; error: largest difference to the logits of "eager", by name."""
+    """By name: bits_per_byte; error, of each against "eager" under its choices; changed, the share of tokens and layers
+    in which it chose other experts than "eager" did."""
 
     bits_per_byte: dict[str, float]
     error: dict[str, float]
+    changed: dict[str, float]
 
 
 def reading(
@@ -158,15 +184,29 @@ def reading(
     tick: Callable[[], None],
 ) -> Reading:
     """Bits per byte of a text of `size` bytes, cut into `windows` parts, under each forward; one must be "eager"."""
-    nats = dict.fromkeys(forwards, 0.0)
-    error = dict.fromkeys(forwards, 0.0)
+    nats, error, changed = (dict.fromkeys(forwards, 0.0) for _ in range(3))
     for inputs, targets in parts:
         aim = torch.tensor(targets, device=runner.device)
-        logits = {}
+        picks: dict[str, list[Selection]] = {name: [] for name in forwards}
         for name, forward in forwards.items():
-            logits[name] = runner.prefill(forward, inputs, runner.state())
-            nats[name] += float(F.cross_entropy(logits[name].float(), aim, reduction="sum"))
+            logits = runner.prefill(forward, inputs, runner.state(), picks[name])
+            nats[name] += float(F.cross_entropy(logits.float(), aim, reduction="sum"))
+            if name != "eager":
+                want = runner.prefill(forwards["eager"], inputs, runner.state(), picks[name])
+                error[name] = max(error[name], distance(logits, want))
             tick()
         for name in forwards:
-            error[name] = max(error[name], distance(logits[name], logits["eager"]))
-    return Reading({name: n / LN2 / size for name, n in nats.items()}, error)
+            share = len(inputs) / sum(len(i) for i, _ in parts)
+            changed[name] += share * differing(picks[name], picks["eager"], len(inputs))
+    return Reading({name: n / LN2 / size for name, n in nats.items()}, error, changed)
+
+
+def differing(ours: Sequence[Selection], theirs: Sequence[Selection], count: int) -> float:
+    """The share of the first `count` tokens, over all layers, whose experts differ as sets."""
+
+    def experts(calls: Sequence[Selection]) -> list[Tensor]:  # a layer [count, k]
+        layers = zip(*(c.experts for c in calls), strict=True)
+        return [torch.cat(parts)[:count].sort(-1).values for parts in layers]
+
+    other = [(a != b).any(-1) for a, b in zip(experts(ours), experts(theirs), strict=True)]
+    return float(torch.cat(other).float().mean())

@@ -184,6 +184,7 @@ class Job:
             "prefill_tok_s": by_contender(prefill_rates),
             "decode_tok_s": by_contender(decoded.rates),
             "max_logit_error": max(read.error["compiled"], decoded.error["compiled"]),
+            "choices_changed": read.changed["compiled"],
             "bits_per_byte": read.bits_per_byte,
             "recompiles": self.recompiles,
         }

@@ -73,6 +73,7 @@ class Screen:
         row("prefill, tokens/s", result["prefill_tok_s"], ".1f")
         row("decode, tokens/s", result["decode_tok_s"], ".1f")
         table.add_section()
-        row("max logit error", result["max_logit_error"], ".1e")
+        row("max logit error, same choices", result["max_logit_error"], ".1e")
+        row("other experts chosen", result["choices_changed"], ".2%")
         row("bits per byte", result["bits_per_byte"], ".4f")
         self.out.print(table)

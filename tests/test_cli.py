@@ -1,5 +1,6 @@
 """`dsv4 run`: the whole job on a small model, and one clear error for each kind of bad input."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -83,13 +84,13 @@ def test_report_holds_what_was_measured(done) -> None:
     report = json.loads(file.read_text())
     assert set(report) == {
         *("sites", "counts", "compile_s", "first_token_s", "prefill_tok_s", "decode_tok_s"),
-        *("max_logit_error", "bits_per_byte", "recompiles"),
+        *("max_logit_error", "choices_changed", "bits_per_byte", "recompiles"),
     }
     assert report["recompiles"] == 0
     assert 0 < report["first_token_s"] and 0 < report["compile_s"]
     for rates in (report["prefill_tok_s"], report["decode_tok_s"]):
         assert rates["compiled"] > 0 and rates["eager"] > 0 and rates["inductor"] is None
-    assert report["max_logit_error"] < 1e-3
+    assert report["max_logit_error"] < 1e-4 and report["choices_changed"] < 0.01
     compiled, eager = report["bits_per_byte"]["compiled"], report["bits_per_byte"]["eager"]
     assert compiled == pytest.approx(eager, abs=1e-4) and 7 < eager < 12  # untrained: about log2(260)
 
@@ -135,6 +136,19 @@ def test_a_wrong_forward_is_seen(model: DSV4) -> None:
     assert decoded.error["compiled"] == pytest.approx(0.5, abs=1e-4)
     assert read.error["compiled"] == pytest.approx(0.5, abs=1e-4)
     assert measure.distance(torch.tensor([math.nan]), torch.zeros(1)) != 0
+
+
+def test_other_choices_are_counted_apart_from_the_error() -> None:
+    """The router's bias decides which experts are chosen and nothing else."""
+    model = DSV4(CONFIG.replace(mlp_layer_types=("moe", "moe"))).eval().requires_grad_(False)
+    runner, other = measure.Runner(model, measure.Sizes(chunk=16, max_len=64)), copy.deepcopy(model)
+    for layer in other.layers:
+        layer.ffn.gate.bias.normal_(std=10.0)
+    parts = [(list(range(65, 95)), list(range(66, 96)))]
+    with torch.inference_mode():
+        read = measure.reading(runner, {"compiled": other, "eager": model}, parts, 30, lambda: None)
+    assert read.changed["compiled"] > 0.1 and read.changed["eager"] == 0
+    assert read.error["compiled"] < 1e-4
 
 
 # Text
