@@ -90,22 +90,22 @@ class Compressor(Exact):
 
     exact = ("ape",)
 
-    def __init__(self, config: DSV4Config, m: int, overlap: bool, width: int):
+    def __init__(self, config: DSV4Config, kind: str, width: int):
         super().__init__()
-        columns = (1 + overlap) * width
-        self.m, self.overlap, self.width = m, overlap, width
+        self.kind, self.m, self.overlap, self.width = kind, config.rate(kind), kind == CSA, width
+        columns = (1 + self.overlap) * width
         self.wkv = Linear(config.hidden_size, columns)
         self.wgate = Linear(config.hidden_size, columns)
-        self.ape = nn.Parameter(torch.zeros(m, columns, dtype=exact_dtype()))  # gate bias by place in the window
+        self.ape = nn.Parameter(torch.zeros(self.m, columns, dtype=exact_dtype()))  # gate bias by place in the window
         self.norm = RMSNorm(width, config.rms_norm_eps)
 
     def forward(self, x: Tensor, step: "Step", state: CompressorState | None) -> Tensor:  # x [B, T, D] -> [B, E, d]
-        chunk, windows = step.chunk, step.windows[self.m]
+        chunk, windows = step.chunk, step.windows[self.kind]
         c = F.linear(acc(x), acc(self.wkv.weight))  # [B, T, C]
         z = F.linear(acc(x), acc(self.wgate.weight)) + self.ape[chunk.position % self.m]
         c = chunk.extend(None if state is None else state.values, c)  # [B, S, C]
         z = chunk.extend(None if state is None else state.gates, z)
-        cos, sin = step.window_rope[self.m]  # [B, n, dr/2]
+        cos, sin = step.window_rope[self.kind]  # [B, n, dr/2]
         e = compress(c, z, windows.index, self.norm.weight, self.norm.eps, cos, sin, self.overlap)
         e = e.to(x.dtype)  # [B, n, d]
         if state is None:
@@ -133,16 +133,16 @@ def compress(
 class Indexer(nn.Module):
     """The lightning indexer of CSA: scores every entry with a small network and picks the best K."""
 
-    def __init__(self, config: DSV4Config, m: int):
+    def __init__(self, config: DSV4Config):
         super().__init__()
-        self.m, self.heads, self.width, self.k = m, config.index_n_heads, config.index_head_dim, config.index_topk
+        self.heads, self.width, self.k = config.index_n_heads, config.index_head_dim, config.index_topk
         self.wq_b = Linear(config.q_lora_rank, self.heads * self.width, config.linear_format)
         self.weights_proj = Linear(config.hidden_size, self.heads)
-        self.compressor = Compressor(config, m, True, self.width)
+        self.compressor = Compressor(config, CSA, self.width)
 
     def forward(self, x: Tensor, qr: Tensor, step: "Step", state: CompressorState | None) -> Tensor:
         score = self.score(x, qr, step, state)  # [B, T, E]
-        visible = step.windows[self.m].visible.unsqueeze(-1)  # [B, T, 1]
+        visible = step.windows[CSA].visible.unsqueeze(-1)  # [B, T, 1]
         entry = torch.arange(score.shape[-1], device=x.device)
         score = score.masked_fill(entry >= visible, float("-inf"))
         pick = score.topk(min(self.k, score.shape[-1]), -1).indices  # [B, T, K]
@@ -166,7 +166,7 @@ class Attention(Exact):
         super().__init__()
         D, h, d, format = config.hidden_size, config.num_attention_heads, config.head_dim, config.linear_format
         self.heads, self.width, self.groups, self.eps = h, d, config.o_groups, config.rms_norm_eps
-        self.kind, self.m, self.sink_mode = kind, config.rate(kind), config.sink_mode
+        self.kind, self.sink_mode = kind, config.sink_mode
         self.table = "main" if kind == SWA else "compress"
         self.attn_sink = nn.Parameter(torch.zeros(h, dtype=exact_dtype()))
         self.wq_a = Linear(D, config.q_lora_rank, format)
@@ -177,9 +177,9 @@ class Attention(Exact):
         self.wo_a = Linear(h * d // config.o_groups, config.o_groups * config.o_lora_rank, format)  # block-diagonal
         self.wo_b = Linear(config.o_groups * config.o_lora_rank, D, format)
         if kind != SWA:
-            self.compressor = Compressor(config, self.m, kind == CSA, d)
+            self.compressor = Compressor(config, kind, d)
         if kind == CSA:
-            self.indexer = Indexer(config, self.m)
+            self.indexer = Indexer(config)
 
     def forward(
         self, x: Tensor, step: "Step", state: LayerState | None, pick: Tensor | None
@@ -194,7 +194,7 @@ class Attention(Exact):
         if self.kind != SWA:
             entries = self.compressor(x, step, None if state is None else state.compressor)  # [B, E, d]
         if self.kind == HCA:
-            index = step.all_entries[self.m]  # [B, T, E]
+            index = step.all_entries  # [B, T, E]
         elif self.kind == CSA and pick is None:
             index = pick = self.indexer(x, qr, step, None if state is None else state.indexer)  # [B, T, K]
         elif self.kind == CSA:
@@ -383,17 +383,16 @@ class Step:
         columns = min(W, chunk.T) if max_len is None else W
         p = (chunk.position - columns + 1).unsqueeze(-1) + torch.arange(columns, device=chunk.start.device)
         self.window = chunk.find(p, columns if chunk.draft is None else W + chunk.draft)  # [B, T, W]
-        self.rope, self.windows, self.window_rope, self.all_entries = {}, {}, {}, {}
+        self.rope, self.windows, self.window_rope = {}, {}, {}
         for name, table in tables.items():
             cos, sin = table(chunk.position.unsqueeze(-1))
             self.rope[name] = cos, sin  # [B, T, 1, dr/2]
         for kind in sorted({CSA, HCA} & set(config.layer_types)):  # in an order that every process shares
-            m = config.rate(kind)
-            self.windows[m] = windows = Windows(chunk, m, kind == CSA, max_len)
-            self.window_rope[m] = tables["compress"](windows.first)  # [B, n, dr/2]
+            self.windows[kind] = windows = Windows(chunk, config.rate(kind), kind == CSA, max_len)
+            self.window_rope[kind] = tables["compress"](windows.first)  # [B, n, dr/2]
             if kind == HCA:  # CSA picks
                 entry = torch.arange(windows.count, device=chunk.start.device)
-                self.all_entries[m] = torch.where(entry < windows.visible.unsqueeze(-1), entry, -1)  # [B, T, E]
+                self.all_entries = torch.where(entry < windows.visible.unsqueeze(-1), entry, -1)  # [B, T, E]
 
 
 class Block(nn.Module):

@@ -47,6 +47,15 @@ def test_any_chunking_gives_the_same_logits(model, tokens, whole, chunks, draft)
     assert state.position.tolist() == [LENGTH, LENGTH]
 
 
+def test_equal_rates_keep_their_windows_apart(tokens):
+    """CSA's windows overlap and HCA's do not, whatever their lengths."""
+    kinds = ("compressed_sparse_attention", "heavily_compressed_attention")
+    change = dict(num_hidden_layers=2, layer_types=kinds, mlp_layer_types=("moe", "moe"))
+    model = randomise(DSV4(DSV4Config.tiny().replace(compress_rates=dict.fromkeys(kinds, 4), **change)))
+    state = model.new_state(2, LENGTH)
+    close(torch.cat([model(t, state) for t in tokens.split([7, 12, 1, 25], 1)], 1), model(tokens))
+
+
 def test_rewinding_a_rejected_draft(model, tokens, whole):
     state = model.new_state(2, LENGTH, draft=3)
     first = model(tokens[:, :20], state)

@@ -81,7 +81,7 @@ def attention(attn: Attention, x: Tensor, step: Step, dense: bool, out: Pass) ->
     score = entries = visible = None
     if attn.kind != SWA:
         entries = attn.compressor(x, step, None)  # [B, E, d]
-        visible = torch.arange(entries.shape[1], device=x.device) < step.windows[attn.m].visible.unsqueeze(-1)
+        visible = torch.arange(entries.shape[1], device=x.device) < step.windows[attn.kind].visible.unsqueeze(-1)
         keys = torch.cat([keys, entries.unsqueeze(1).expand(-1, T // W, -1, -1)], 2)
         seen = torch.cat([seen.expand(B, -1, -1, -1), visible.unflatten(1, (-1, W))], -1)  # [B, b, W, 2W + E]
     if attn.kind == CSA and visible is not None:
