@@ -21,7 +21,8 @@ class Config:
     """What the user asked for. All of it enters the cache identity.
 
     passes, disable: globs over pass names (raise.*, fuse.moe); those in `passes` and not in `disable` run.
-    lowerings: devices whose implementations may claim ops ("cpu", "cuda"); others are inlined.
+    lowerings: devices whose implementations claim ops wherever they can ("cpu", "cuda"); others are inlined. "*", the
+        default: those of all devices, where they are worth it.
     strict: a rule that fails is an error. explain: print the report, past all caches.
     inner: "inductor", or "eager" to run the rewritten graph op by op; None chooses.
     cudagraphs: Inductor's CUDA graphs, set by mode="decode".
@@ -41,6 +42,11 @@ class Config:
 
     def may_lower_to(self, device: str) -> bool:
         return _any(device, self.lowerings)
+
+    @property
+    def forces_lowering(self) -> bool:
+        """Whether devices were named, so that their implementations run even where plain PyTorch is as fast."""
+        return self.lowerings != ("*",)
 
 
 OPTIONS = tuple(f.name for f in fields(Config) if f.name != "cudagraphs")

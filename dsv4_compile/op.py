@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true as known
 
 from .errors import BadOp
 
-__all__ = ["Cost", "Implementation", "Op", "Tensor", "acc", "known", "op"]
+__all__ = ["Cost", "Implementation", "Op", "Tensor", "acc", "at_least", "known", "op"]
 
 LIBRARY = torch.library.Library("dsv4", "DEF")
 TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool"}
@@ -54,24 +54,39 @@ class Cost:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an op on one device; `when` returns True or the reason why not."""
+    """One way to run an op on one device. `when` returns True or the reason why it cannot; `worth` True or the reason why
+    the meaning, compiled with what surrounds it, is as fast."""
 
     device: str
     arch: str | None
     when: Callable[[Any], bool | str] | None
+    worth: Callable[[Any], bool | str] | None
     run: Callable[..., Any]
 
     @property
     def name(self) -> str:
         return self.device if self.arch is None else f"{self.device} {self.arch}"
 
-    def accepts(self, arguments: dict[str, Any], device: torch.device) -> bool | str:
+    @property
+    def asks(self) -> bool:
+        """Whether anything but the device type decides."""
+        return self.arch is not None or self.when is not None
+
+    def accepts(self, arguments: dict[str, Any], device: torch.device, if_worth: bool) -> bool | str:
         """True, or the reason why not. Arguments may be fake: only dtype, shape, strides and device may be asked."""
         if device.type != self.device:
             return f"runs on {self.device}, not on {device.type}"
         if self.arch is not None and not runs_on(self.arch, torch.cuda.get_device_capability(device)):
             return f"needs {self.arch}"
-        return True if self.when is None else self.when(SimpleNamespace(**arguments))
+        for ask in (self.when, self.worth if if_worth else None):
+            if ask is not None and (verdict := ask(SimpleNamespace(**arguments))) is not True:
+                return verdict
+        return True
+
+
+def at_least(count: int, rows: Callable[[Any], Any]) -> Callable[[Any], bool | str]:
+    """For `worth`: enough rows, as `rows` counts them in the arguments. A number that is not known is enough."""
+    return lambda a: not known(rows(a) < count) or f"fewer than {count} rows"
 
 
 def runs_on(arch: str, capability: tuple[int, int]) -> bool:
@@ -112,14 +127,16 @@ class Op:
         """Of the meaning; to work it out takes longer than to run a small op."""
         return inspect.signature(self.meaning)
 
-    def claim(self, arguments: dict[str, Any], among: Any = DEVICES) -> tuple[Implementation | None, list[str]]:
+    def claim(
+        self, arguments: dict[str, Any], among: Any = DEVICES, if_worth: bool = False
+    ) -> tuple[Implementation | None, list[str]]:
         """The first implementation, in order of declaration, that accepts; and why those before it did not."""
         device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
         reasons: list[str] = []
         for implementation in self.implementations:
             if implementation.device not in among:
                 continue
-            verdict = implementation.accepts(arguments, device)
+            verdict = implementation.accepts(arguments, device, if_worth)
             if verdict is True:
                 return implementation, reasons
             reasons.append(f"{implementation.name}: {verdict}")
@@ -127,6 +144,10 @@ class Op:
 
     def run(self, *args: Any) -> Any:
         """The op on real tensors: whoever claims it, else its meaning. The dispatcher hands over every argument."""
+        kind = next(a.device.type for a in args if isinstance(a, Tensor))
+        first = next((i for i in self.implementations if i.device == kind), None)
+        if first is not None and not first.asks:  # to name the arguments takes longer than a small op
+            return first.run(*args)
         implementation, _ = self.claim(dict(zip(self.signature.parameters, args, strict=True)))
         if implementation is not None:
             return implementation.run(*args)
@@ -149,14 +170,19 @@ class Op:
     # declarations
 
     def on(
-        self, device: str, *, arch: str | None = None, when: Callable[[Any], bool | str] | None = None
+        self,
+        device: str,
+        *,
+        arch: str | None = None,
+        when: Callable[[Any], bool | str] | None = None,
+        worth: Callable[[Any], bool | str] | None = None,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Declare an implementation, with the arguments of the meaning. Earlier ones are asked first."""
         if device not in DEVICES:
             raise BadOp(f"{self.name}.on({device!r}): the devices are {', '.join(DEVICES)}")
 
         def declare(run: Callable[..., Any]) -> Callable[..., Any]:
-            self.implementations.append(Implementation(device, arch, when, run))
+            self.implementations.append(Implementation(device, arch, when, worth, run))
             return run
 
         return declare

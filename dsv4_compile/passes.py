@@ -130,7 +130,7 @@ class PassManager(CustomGraphPass):
         """Leave the op to the implementation that claims it, or inline it; says which."""
         among = tuple(d for d in DEVICES if self.config.may_lower_to(d))
         arguments = {k: value(a) for k, a in op.arguments(*node.args, **node.kwargs).items()}
-        implementation, reasons = op.claim(arguments, among)
+        implementation, reasons = op.claim(arguments, among, if_worth=not self.config.forces_lowering)
         if implementation is not None:
             return implementation.name
         inline(graph, node, op, pieces)

@@ -2,7 +2,7 @@
 
 import torch
 
-from dsv4_compile.op import Cost, Tensor, acc, known, op
+from dsv4_compile.op import Cost, Tensor, acc, at_least, known, op
 
 
 @op("dsv4::attention")
@@ -56,42 +56,38 @@ def same_batch(a) -> bool | str:
     return known(a.keys.shape[0] == a.q.shape[0]) or "q and keys differ in batch"
 
 
-@attention.on("cpu", when=same_batch)
+@attention.on("cpu", when=same_batch, worth=at_least(16, rows=lambda a: a.q.shape[0] * a.q.shape[1]))
 def _(q, keys, window, sink, entries, index, scale, sink_on_window):
     B, T, h, d = q.shape
-    W, K = window.shape[-1], 0 if index is None else index.shape[-1]
-    wide = acc(q).dtype
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    sink = sink.to(wide).view(h, 1)
-    step = max(1, BLOCK // max(1, (W + K) * d))
-    for b in range(B):
-        for t in range(0, T, step):
-            part = slice(t, min(t + step, T))
-            n = part.stop - t
-            lists = window[b, part] if K == 0 else torch.cat([window[b, part], index[b, part]], 1)  # [n, W + K]
-            if n == 1:  # one query reads only what there is
-                lists = lists[lists >= 0].view(1, -1)
-                inside = int((window[b, t] >= 0).sum())
-            else:
-                inside = W
-            none = None if n == 1 else lists < 0
-            rows = torch.empty(n, lists.shape[1], d, dtype=keys.dtype)
-            rows[:, :inside] = keys[b].index_select(0, lists[:, :inside].reshape(-1).clamp(min=0)).view(n, inside, d)
-            if K:
-                rest = lists[:, inside:]
-                rows[:, inside:] = entries[b].index_select(0, rest.reshape(-1).clamp(min=0)).view(n, -1, d)
-            rows = rows.to(wide)
-            s = torch.bmm(q[b, part].to(wide) * scale, rows.transpose(1, 2))  # [n, h, W + K]
-            if sink_on_window:
-                s[..., :inside] += sink
-            if none is not None:
-                s.masked_fill_(none.unsqueeze(1), float("-inf"))
-            top = s.amax(-1, keepdim=True) if s.shape[-1] else s.new_full((n, h, 1), float("-inf"))
-            if not sink_on_window:
-                top = torch.maximum(top, sink)
-            p = s.sub_(top).exp_()
-            total = p.sum(-1, keepdim=True)
-            if not sink_on_window:
-                total += torch.exp(sink - top)
-            out[b, part] = torch.bmm(p, rows).div_(total)
-    return out
+    N, wide = B * T, acc(q).dtype
+    lists = [(window, keys)] if index is None else [(window, keys), (index, entries)]
+    sources = [(flat_rows(i, x), x.reshape(-1, d)) for i, x in lists]
+    none = (torch.cat([i.reshape(N, -1) for i, _ in lists], 1) < 0).unsqueeze(1)  # [N, 1, W + K]
+    q, sink, out = q.reshape(N, h, d), sink.to(wide).view(h, 1), torch.empty(N, h, d, dtype=q.dtype)
+    W, columns = window.shape[-1], none.shape[-1]
+    step = max(1, BLOCK // max(1, columns * d))
+    for start in range(0, N, step):
+        part = slice(start, start + step)
+        q_n = q[part].to(wide) * scale
+        rows = [x.index_select(0, i[part].view(-1)).to(wide).view(len(q_n), -1, d) for i, x in sources]
+        s = [torch.bmm(q_n, r.transpose(1, 2)) for r in rows]  # [n, h, W] and [n, h, K]
+        if sink_on_window:
+            s[0] += sink
+        else:
+            s.append(sink.expand(len(q_n), h, 1))
+        p = torch.cat(s, 2)
+        p[..., :columns].masked_fill_(none[part], float("-inf"))
+        p = torch.softmax(p, -1)
+        o = torch.bmm(p[..., :W], rows[0])
+        if len(rows) > 1:
+            o.baddbmm_(p[..., W:columns], rows[1])
+        out[part] = o
+    return out.view(B, T, h, d)
+
+
+def flat_rows(index: Tensor, x: Tensor) -> Tensor:
+    """index [B, T, W] into the rows of x [B, S, d] -> [B T, W] into those of x [B S, d]; -1 reads any row."""
+    index = index.clamp(min=0)
+    if len(x) > 1:
+        index += torch.arange(len(x)).view(-1, 1, 1) * x.shape[1]
+    return index.view(-1, index.shape[-1])

@@ -46,25 +46,24 @@ def _(B, n, R, d, overlap):
 @compressor.on("cpu")
 def _(c, z, index, weight, cos, sin, eps, overlap):
     B, n, R = index.shape
-    d, m = weight.shape[0], R // 2
-    out = torch.zeros(B, n, d, dtype=acc(c).dtype)
-    closed = index[..., -1] >= 0  # rows are absent from the old end only, or all of them
-    for b in range(B):
-        which = closed[b].nonzero().squeeze(1)
-        if not which.numel():
-            continue  # most decode steps close no window
-        lists = index[b, which]
-        rows, none = lists.clamp(min=0), lists < 0
+    S, C, d = c.shape[1], c.shape[2], weight.shape[0]
+    out = torch.zeros(B * n, d, dtype=acc(c).dtype)
+    lists = index.reshape(B * n, R)
+    closed = (lists[:, -1] >= 0).nonzero().squeeze(1)  # rows are absent from the old end only, or all of them
+    if not closed.numel():
+        return out.view(B, n, d)  # most decode steps close no window
+    lists = lists.index_select(0, closed)
+    first = closed.div(n, rounding_mode="floor").mul_(S).unsqueeze(1)  # row of the window's batch
+    absent = (lists < 0).unsqueeze(-1)
+    rows, masked = lists.clamp_(min=0).add_(first), bool(absent.any())
 
-        def gathered(x, fill, x_rows=rows, absent=none, b=b):
-            if not overlap:
-                g = acc(x[b].index_select(0, x_rows.view(-1))).view(-1, R, d)
-            else:
-                g = torch.empty(len(x_rows), R, d, dtype=out.dtype)
-                g[:, :m] = x[b, :, :d].index_select(0, x_rows[:, :m].reshape(-1)).view(-1, m, d)
-                g[:, m:] = x[b, :, d:].index_select(0, x_rows[:, m:].reshape(-1)).view(-1, R - m, d)
-            return g.masked_fill_(absent.unsqueeze(-1), fill)
+    def gathered(x: Tensor, fill: float) -> Tensor:  # [B, S, C] -> [closed, R, d]
+        x = x.reshape(-1, C)
+        parts = [(x, rows)] if not overlap else [(x[:, :d], rows[:, : R // 2]), (x[:, d:], rows[:, R // 2 :])]
+        g = acc(torch.cat([y.index_select(0, r.reshape(-1)).view(*r.shape, d) for y, r in parts], 1))
+        return g.masked_fill_(absent, fill) if masked else g
 
-        p = torch.softmax(gathered(z, -1e30), 1)
-        out[b, which] = norm_rope(p.mul_(gathered(c, 0.0)).sum(1), weight, cos[b, which], sin[b, which], eps)
-    return out
+    e = torch.softmax(gathered(z, -1e30), 1).mul_(gathered(c, 0.0)).sum(1)
+    cos, sin = (t.reshape(B * n, -1).index_select(0, closed) for t in (cos, sin))
+    out[closed] = norm_rope(e, weight, cos, sin, eps)
+    return out.view(B, n, d)

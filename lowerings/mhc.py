@@ -1,10 +1,12 @@
 """Manifold-constrained hyper-connections: n residual streams, collapsed into a block's input and mixed with its output."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 from dsv4_compile.lowerings.sinkhorn import balanced, sinkhorn
-from dsv4_compile.op import Cost, Tensor, acc, op
+from dsv4_compile.op import Cost, Tensor, acc, at_least, op
 
 
 def mixture(X: Tensor, fn: Tensor, rms_eps: float) -> Tensor:
@@ -73,7 +75,7 @@ def _(N, n, D):
     return Cost(flops=2 * N * D * (n**2 + n), read=2 * N * D * (n + 1) + 4 * N * (n + n**2), write=2 * N * n * D)
 
 
-@mhc_post.on("cpu")
+@mhc_post.on("cpu", worth=at_least(256, rows=lambda a: math.prod(a.y.shape[:-1])))
 def _(X, y, post, comb):
     n, D = X.shape[-2:]
     mixed = acc(post).reshape(-1, n, 1) * acc(y).reshape(-1, 1, D)
@@ -96,7 +98,7 @@ def _(N, n, D):
     return Cost(flops=N * n * D * (2 * n + 4), read=2 * N * n * D + 4 * n * (n * D + 1), write=2 * N * D)
 
 
-@mhc_head.on("cpu")
+@mhc_head.on("cpu", worth=at_least(256, rows=lambda a: math.prod(a.X.shape[:-2])))
 def _(X, fn, base, scale, eps, rms_eps):
     streams = acc(X)
     pre = _scaled_mixture(streams, fn, base, acc(scale), rms_eps).sigmoid_().add_(eps)

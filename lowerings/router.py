@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import torch.nn.functional as F
 
-from dsv4_compile.op import Cost, Tensor, acc, op
+from dsv4_compile.op import Cost, Tensor, acc, at_least, op
 
 FEW = 16  # tokens; up to here a look in Python for ties is cheaper than three calls
 
@@ -37,7 +37,7 @@ def _(N, X, k):
     return Cost(flops=N * (6 * X + 3 * k), read=4 * N * X + 4 * X, write=12 * N * k)
 
 
-@router.on("cpu")
+@router.on("cpu", worth=at_least(512, rows=lambda a: a.logits.shape[0]))
 def _(logits, bias, k, scale, eps):
     score = F.softplus(acc(logits)).sqrt_()
     expert = _best(score + bias, k)
@@ -58,7 +58,7 @@ def _(N, X, k):
     return Cost(flops=8 * N * k, read=12 * N * k, write=4 * N * k)
 
 
-@expert_gates.on("cpu")
+@expert_gates.on("cpu", worth=at_least(512, rows=lambda a: a.logits.shape[0]))
 def _(logits, expert, scale, eps):
     chosen = acc(logits).gather(-1, expert.long())  # the other scores are never looked at
     return _normalised(F.softplus(chosen).sqrt_(), scale, eps)

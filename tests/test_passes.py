@@ -13,7 +13,7 @@ from dsv4_compile.config import Config
 from dsv4_compile.errors import BrokenGraph, DSV4Warning, LoweringFailed
 from dsv4_compile.graph import aten, call, canonicalise, sort, verify
 from dsv4_compile.match import T, rule
-from dsv4_compile.op import op
+from dsv4_compile.op import at_least, op
 from dsv4_compile.passes import PassManager
 from dsv4_compile.patterns import RULES, norm
 
@@ -189,6 +189,34 @@ def test_who_accepts_runs_it_else_it_is_inlined_with_the_reason(rewritten_by):
     result, report = rewritten_by([lowered], f, x, lowerings=())
     torch.testing.assert_close(result, f(x))
     assert report.runs == {("t_lowered", "inlined: no implementation"): 1}
+
+
+@op("dsv4::t_worth")
+def t_worth(x: Tensor) -> Tensor:
+    """4 tanh(x)."""
+    return x.tanh() * 4
+
+
+@t_worth.on("cpu", worth=at_least(6, rows=lambda a: a.x.shape[0]))
+def _(x):
+    return torch.full_like(x, 7.0)
+
+
+@rule(t_worth, name="raise.t_worth", anchor="tanh", example={"x": T(5, 7)})
+def worth(x):
+    return x.tanh() * 4
+
+
+def test_where_the_meaning_is_as_fast_it_is_inlined_unless_a_device_was_named(rewritten_by):
+    f = lambda x: x.tanh() * 4  # noqa: E731
+    few, many = torch.randn(5, 3), torch.randn(6, 3)
+    result, report = rewritten_by([worth], f, few, lowerings=("*",))
+    torch.testing.assert_close(result, f(few))
+    assert report.runs == {("t_worth", "inlined: cpu: fewer than 6 rows"): 1}
+    for x, lowerings in ((many, ("*",)), (few, ("cpu",))):
+        result, report = rewritten_by([worth], f, x, lowerings=lowerings)
+        assert (result == 7).all() and report.runs == {("t_worth", "cpu"): 1}
+    assert (t_worth(few) == 7).all()  # a call asks nothing
 
 
 @op("dsv4::t_unsure")
