@@ -54,14 +54,15 @@ def _(c, z, index, weight, cos, sin, eps, overlap):
         return out.view(B, n, d)  # most decode steps close no window
     lists = lists.index_select(0, closed)
     first = closed.div(n, rounding_mode="floor").mul_(S).unsqueeze(1)  # row of the window's batch
-    absent = (lists < 0).unsqueeze(-1)
-    rows, masked = lists.clamp_(min=0).add_(first), bool(absent.any())
+    early = (lists[:, 0] < 0).nonzero().squeeze(1)  # the windows that miss rows: the first of a sequence
+    absent = (lists.index_select(0, early) < 0).unsqueeze(-1)
+    rows = lists.clamp_(min=0).add_(first)
 
     def gathered(x: Tensor, fill: float) -> Tensor:  # [B, S, C] -> [closed, R, d]
         x = x.reshape(-1, C)
         parts = [(x, rows)] if not overlap else [(x[:, :d], rows[:, : R // 2]), (x[:, d:], rows[:, R // 2 :])]
         g = acc(torch.cat([y.index_select(0, r.reshape(-1)).view(*r.shape, d) for y, r in parts], 1))
-        return g.masked_fill_(absent, fill) if masked else g
+        return g.index_copy_(0, early, g.index_select(0, early).masked_fill_(absent, fill))
 
     e = torch.softmax(gathered(z, -1e30), 1).mul_(gathered(c, 0.0)).sum(1)
     cos, sin = (t.reshape(B * n, -1).index_select(0, closed) for t in (cos, sin))
