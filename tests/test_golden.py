@@ -42,10 +42,25 @@ def run(device: str) -> dict:
         tokens=torch.cat(list(generate(model, prompt, NEW))).tolist(),
         stream_rms=rms,
         logit_rms=logits.square().mean().sqrt().item(),
-        experts=[e[:: PROMPT // 10].sort(-1).values.tolist() for e in selection.experts],
-        entries=[None if e is None else e[0, :: PROMPT // 5].sort(-1).values.tolist() for e in selection.entries],
+        **chosen(selection),
         bits_per_byte=bits_per_byte(model, heldout()[:TEXT], device=device),
     )
+
+
+def chosen(selection: Selection) -> dict:
+    """The choices at every tenth or fifth place of the prompt."""
+    return dict(
+        experts=[e[: PROMPT : PROMPT // 10].sort(-1).values.tolist() for e in selection.experts],
+        entries=[
+            None if e is None else e[0, : PROMPT : PROMPT // 5].sort(-1).values.tolist() for e in selection.entries
+        ],
+    )
+
+
+def check_choices(got: dict, want: dict) -> None:
+    for name in ("experts", "entries"):
+        pairs = [(a, b) for x, y in zip(got[name], want[name], strict=True) if x for a, b in zip(x, y, strict=True)]
+        assert sum(a != b for a, b in pairs) <= 0.01 * len(pairs), f"{name} were chosen otherwise"  # near ties apart
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -58,6 +73,17 @@ def test_nano_says_what_it_said(device):
     assert got["tokens"] == want["tokens"]
     for name in ("stream_rms", "logit_rms", "bits_per_byte"):
         assert got[name] == pytest.approx(want[name], rel=1e-4), name
-    for name in ("experts", "entries"):
-        pairs = [(a, b) for x, y in zip(got[name], want[name], strict=True) if x for a, b in zip(x, y, strict=True)]
-        assert sum(a != b for a, b in pairs) <= 0.01 * len(pairs), f"{name} were chosen otherwise"  # near ties apart
+    check_choices(got, want)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_nano_says_it_too(device):
+    want = json.loads(GOLDEN.read_text())
+    model = load(CHECKPOINT, device=device, dtype=torch.float32)
+    compiled = torch.compile(model, backend="dsv4", options={"inner": "eager"}, dynamic=False, fullgraph=True)
+    text = torch.cat([encode(heldout()[: PROMPT - 1]), torch.tensor(want["tokens"])]).to(device)
+    selection = Selection()
+    logits = compiled(text[:-1].unsqueeze(0), selection=selection)[0]
+    assert logits[PROMPT - 1 :].argmax(-1).tolist() == want["tokens"]
+    assert logits[:PROMPT].square().mean().sqrt().item() == pytest.approx(want["logit_rms"], rel=1e-4)
+    check_choices(chosen(selection), want)
