@@ -46,10 +46,13 @@ def build(
     """Compile with the given passes."""
     from torch._inductor.compile_fx import compile_fx
 
+    from .instances import inline_regions
     from .report import HISTORY
 
     config = manager.config
     eager = chosen_inner(config.inner, example_inputs) == "eager"
+    if not config.regions:
+        inline_regions(gm)
     patches: dict[str, Any] = {"triton.cudagraphs": True} if config.cudagraphs else {}
     if eager or config.explain:
         patches["force_disable_caches"] = True

@@ -24,6 +24,9 @@ class Config:
     lowerings: devices whose implementations claim ops wherever they can ("cpu", "cuda"); others are inlined. "*", the
         default: those of all devices, where they are worth it.
     strict: a rule that fails is an error. explain: print the report, past all caches.
+    verify: run each match before and after on drawn inputs, and leave out what differs.
+    regions: keep bodies that layers share; False writes them out, so that rewrites are told apart layer by layer.
+    sites: ids or globs of the rewrites that may be made, as `report` and `bisect` name them.
     inner: "inductor", or "eager" to run the rewritten graph op by op; None chooses.
     cudagraphs: Inductor's CUDA graphs, set by mode="decode".
     """
@@ -33,12 +36,19 @@ class Config:
     lowerings: tuple[str, ...] = ("*",)
     strict: bool = False
     explain: bool = False
+    verify: bool = False
+    regions: bool = True
+    sites: tuple[str, ...] = ("*",)
     inner: str | None = None
     cudagraphs: bool = False
 
     def enabled(self, name: str) -> bool:
         """Whether the passes of this name run."""
         return _any(name, self.passes) and not _any(name, self.disable)
+
+    def selects(self, site: str) -> bool:
+        """Whether this rewrite may be made."""
+        return self.sites == ("*",) or site in self.sites or _any(site, self.sites)
 
     def may_lower_to(self, device: str) -> bool:
         return _any(device, self.lowerings)
@@ -115,7 +125,17 @@ def _inner(name: str, value: Any) -> str | None:
     raise UnknownName("inner", str(value), INNER)
 
 
-_READ = {"passes": _globs, "disable": _globs, "lowerings": _globs, "strict": _flag, "explain": _flag, "inner": _inner}
+_READ = {
+    "passes": _globs,
+    "disable": _globs,
+    "lowerings": _globs,
+    "strict": _flag,
+    "explain": _flag,
+    "verify": _flag,
+    "regions": _flag,
+    "sites": _globs,
+    "inner": _inner,
+}
 
 
 def _any(name: str, globs: Iterable[str]) -> bool:

@@ -319,8 +319,10 @@ def call(graph: fx.Graph, target: Any, args: Sequence[Any], like: Node) -> Node:
 
 
 def inherit(node: Node, like: Node) -> None:
-    """Take over the model source line of another node."""
-    node.meta.update({key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta})
+    """Take over the model source line and the place of another node."""
+    node.meta.update(
+        {key: like.meta[key] for key in ("stack_trace", "nn_module_stack", "dsv4_place") if key in like.meta}
+    )
 
 
 def trace_aten(fn: Callable[..., Any], inputs: Sequence[Any]) -> fx.Graph:

@@ -65,6 +65,8 @@ class Match:
     inner: tuple[Node, ...]
     ranks: dict[str, int] = field(default_factory=dict)  # axes that the pattern gave each tensor argument
     sizes: dict[int, Any] = field(default_factory=dict)  # example size -> size in the graph
+    site: str = ""  # id of the rewrite that the match leads to
+    absorbs: tuple[str, ...] = ()  # ids of the rewrites whose ops it takes up
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a captured tensor."""

@@ -15,6 +15,7 @@ from .config import Config
 from .errors import BrokenGraph, DSV4Error, DSV4Warning, LoweringFailed, RuleFailed
 from .graph import canonicalise, contract, head, is_tensor, keeps, value, verify, where
 from .identity import identity
+from .instances import number, site_id
 from .match import Match, Rule
 from .op import DEVICES, Op
 from .regions import scales_as_bytes
@@ -48,6 +49,7 @@ class Front:
         """Rewrite at this anchor if the rule matches there; note the match or the near miss."""
         found = rule.attempt(rule, anchor, self.patterns)
         if isinstance(found, Match):
+            found.site = site_id(rule.qualified, anchor)
             try:
                 rewrite(anchor.graph, found)
                 report.matched(found)
@@ -84,10 +86,11 @@ class PassManager(CustomGraphPass):
         start, report = time.perf_counter(), GraphReport(nodes_before=len(graph.nodes))
         promised = contract(graph)
         canonicalise(graph)
+        number(graph)
         rules = front(self.rules, device_type(graph))
         for rule in rules.rules:
             for anchor in anchors(graph, rule):
-                if not anchor._erased:
+                if not anchor._erased and self.config.selects(site_id(rule.qualified, anchor)):
                     self.guarded(rules, rule, anchor, report)
         report.finish(graph)
         self.lower(graph, report)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from .graph import where
+from .instances import module_path
 from .match import Match, NearMiss
 
 NEAR = 0.5  # how much of a pattern must be found for a miss to be worth telling
@@ -15,12 +16,17 @@ SHOWN = 12
 
 @dataclass(frozen=True)
 class Site:
-    """One match: the rule, the op that took its place, and the model's source line."""
+    """One match: the rule, the op that took its place, the model's source line, and the module. `id` names it in the option
+    `sites`; in a body that several layers share, module and id are those of the first. `absorbs`: earlier rewrites whose
+    ops are part of the match."""
 
     rule: str
     fusion: str
     op: str
     where: str
+    layer: str = ""
+    id: str = ""
+    absorbs: tuple[str, ...] = ()
 
 
 @dataclass
@@ -38,7 +44,8 @@ class GraphReport:
 
     def matched(self, match: Match) -> None:
         rule = match.rule
-        self.sites.append(Site(rule.qualified, rule.name, rule.op.name, where(match.anchor)))
+        site = Site(rule.qualified, rule.name, rule.op.name, where(match.anchor), module_path(match.anchor))
+        self.sites.append(replace(site, id=match.site, absorbs=match.absorbs))
 
     def finish(self, graph: fx.Graph) -> None:
         """Keep the near misses that stayed misses: whose anchor was not taken by another rule after all."""

@@ -1,7 +1,7 @@
 """Put an op in the place of a match, or say why not. Nothing of the graph changes until everything has been checked."""
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -32,14 +32,20 @@ from .match import Match
 from .op import Op
 from .unify import outside_users
 
+SITE = "dsv4_site"  # in node.meta: id of the rewrite that made the op
+
 
 class Refused(Exception):
     """This match cannot be rewritten; the message says why."""
 
 
-def rewrite(graph: fx.Graph, match: Match) -> None:
+Examine = Callable[[Match, list[tuple[Node, Node]], Callable[[Node], bool]], None]
+
+
+def rewrite(graph: fx.Graph, match: Match, examine: Examine | None = None) -> None:
     """Replace the match by one call of its op. Raises Refused, and whatever the op's meaning raises; both leave the graph
-    as it was."""
+    as it was. `examine` is called while old and new stand side by side, with (old, new) pairs and a test that tells new
+    nodes; it may raise Refused too."""
     for inside, user in outside_users(match.inner, set(match.outputs)):
         if head(inside) not in match.rule.shared:
             raise Refused(f"{inside} ({head(inside)}) is also read by {user} ({head(user)})")
@@ -57,6 +63,9 @@ def rewrite(graph: fx.Graph, match: Match) -> None:
     position = last.next if late else first
     with undone_on_error(graph), graph.inserting_before(position):
         replacements = _replacements(graph, match, arguments)
+        if examine is not None:
+            examine(match, replacements, lambda node: node not in order)
+    match.absorbs = tuple(dict.fromkeys(n.meta[SITE] for n in match.inner if SITE in n.meta))
     for old, new in replacements:
         old.replace_all_uses_with(new)
     erase_dead([*(old for old, _ in replacements), *match.inner])
@@ -87,6 +96,7 @@ def _replacements(graph: fx.Graph, match: Match, arguments: dict[str, Any]) -> l
             for n, a in arguments.items()
         ]
         node = call(graph, op.target, args, like)
+        node.meta[SITE] = match.site
         values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else (node.meta["val"],)
         landings = [landing(o, v.dtype) for o, v in zip(match.outputs, values, strict=True)]
         if all(landings):

@@ -41,6 +41,9 @@ def test_every_option_has_a_variable_and_the_option_wins():
         "lowerings": "cpu",
         "strict": "1",
         "explain": "true",
+        "verify": "1",
+        "regions": "0",
+        "sites": "fuse.moe*",
         "inner": "eager",
     }
     assert set(values) == set(OPTIONS)
@@ -81,6 +84,7 @@ def test_unreadable_values(options):
 def test_the_identity_follows_every_field():
     given = {
         "passes": "raise.*", "disable": "fuse.moe", "lowerings": "cpu", "strict": 1, "explain": 1, "inner": "eager",
+        "verify": 1, "regions": 0, "sites": "*@layers.1*",
     }  # fmt: skip
     identities = [
         identity(Config()),
