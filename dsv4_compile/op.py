@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true as known
 
 from .errors import BadOp
 
-__all__ = ["Cost", "Implementation", "Op", "Tensor", "acc", "at_least", "known", "op"]
+__all__ = ["Cost", "Implementation", "Op", "Tensor", "acc", "at_least", "hinted", "known", "op"]
 
 LIBRARY = torch.library.Library("dsv4", "DEF")
 TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool"}
@@ -106,6 +106,7 @@ class Op:
     schema: str
     implementations: list[Implementation] = field(default_factory=list)
     cost_of: Callable[..., Cost] | None = None
+    sizes_of: Callable[[Any], dict[str, Any]] | None = None
     known_fakes: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -192,11 +193,30 @@ class Op:
         self.cost_of = fn
         return fn
 
+    def sizes(self, fn: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+        """Declare where the cost's sizes are: `fn(a)` reads them off the arguments `a.<name>`, of which only metadata may be
+        asked. Sizes that are arguments themselves (k, iters) are left out."""
+        self.sizes_of = fn
+        return fn
+
+    def bound_sizes(self, arguments: dict[str, Any]) -> dict[str, Any] | None:
+        """The sizes that the cost names, as these arguments have them; a symbolic one counts as the size it was traced with.
+        None where cost or sizes are not declared."""
+        if self.cost_of is None or self.sizes_of is None:
+            return None
+        found = arguments | self.sizes_of(SimpleNamespace(**arguments))
+        return {name: hinted(found[name]) for name in inspect.signature(self.cost_of).parameters}
+
     def symbolic_cost(self) -> Cost:
         """The cost as expressions of the sizes that its declaration names."""
         if self.cost_of is None:
             raise BadOp(f"{self.name} declares no cost: add @{self.name}.cost")
         return self.cost_of(*(sympy.Symbol(name, positive=None) for name in inspect.signature(self.cost_of).parameters))
+
+
+def hinted(x: Any) -> Any:
+    """A size as a number: a symbolic one as the number it was traced with. Adds no guard."""
+    return x.node.hint if isinstance(x, torch.SymInt) else x
 
 
 def _metadata(x: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:

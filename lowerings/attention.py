@@ -48,6 +48,12 @@ def _(B, T, h, d, W, K):
     return Cost(flops=4 * h * d * rows, read=2 * d * rows + 8 * rows + 2 * B * T * h * d, write=2 * B * T * h * d)
 
 
+@attention.sizes
+def _(a):
+    B, T, h, d = a.q.shape
+    return dict(B=B, T=T, h=h, d=d, W=a.window.shape[-1], K=0 if a.index is None else a.index.shape[-1])
+
+
 BLOCK = 1 << 18  # elements of gathered rows at a time: they stay in a core's L2 cache
 
 

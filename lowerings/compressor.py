@@ -43,6 +43,12 @@ def _(B, n, R, d, overlap):
     return Cost(flops=6 * rows + 8 * B * n * d, read=8 * rows + 8 * B * n * R, write=4 * B * n * d)
 
 
+@compressor.sizes
+def _(a):
+    B, n, R = a.index.shape
+    return dict(B=B, n=n, R=R, d=a.weight.shape[0])
+
+
 @compressor.on("cpu")
 def _(c, z, index, weight, cos, sin, eps, overlap):
     B, n, R = index.shape

@@ -1,5 +1,6 @@
 """Block-quantised weights back to numbers: FP8, MXFP4 and NVFP4."""
 
+import math
 from functools import cache
 
 import torch
@@ -36,6 +37,14 @@ def dequantize(weight: Tensor, scale: Tensor, scale_2: Tensor | None = None) -> 
 @dequantize.cost
 def _(N, K, bits, block):
     return Cost(flops=N * K, read=N * K * bits / 8 + N * K / block, write=4 * N * K)
+
+
+@dequantize.sizes
+def _(a):
+    N, K = a.weight.shape[-2:]
+    if a.weight.dtype == torch.uint8:
+        return dict(N=N * math.prod(a.weight.shape[:-2]), K=2 * K, bits=4, block=2 * K // a.scale.shape[-1])
+    return dict(N=N * math.prod(a.weight.shape[:-2]), K=K, bits=8, block=FP8_BLOCK**2)
 
 
 @dequantize.on("cpu")

@@ -45,6 +45,12 @@ def _(M, J, K, X):
     return Cost(flops=2 * M * J * K, read=2 * M * K + 2 * X * J * K + 4 * X, write=2 * M * J)
 
 
+@grouped_mm.sizes
+def _(a):
+    X, J, K = a.w.shape
+    return dict(M=a.x.shape[0], J=J, K=K, X=X)
+
+
 @grouped_mm.on("cpu")
 def _(x, w, ends):
     wide, first = acc(x), 0

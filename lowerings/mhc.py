@@ -49,6 +49,12 @@ def _(N, n, D, iters):
     return Cost(flops=flops, read=2 * N * n * D + 4 * m * (n * D + 1), write=2 * N * D + 4 * N * (n + n**2))
 
 
+@mhc_pre.sizes
+def _(a):
+    *lead, n, D = a.X.shape
+    return dict(N=math.prod(lead), n=n, D=D)
+
+
 @mhc_pre.on("cpu")
 def _(X, fn, base, scale, iters, eps, rms_eps):
     n = X.shape[-2]
@@ -75,6 +81,12 @@ def _(N, n, D):
     return Cost(flops=2 * N * D * (n**2 + n), read=2 * N * D * (n + 1) + 4 * N * (n + n**2), write=2 * N * n * D)
 
 
+@mhc_post.sizes
+def _(a):
+    *lead, n, D = a.X.shape
+    return dict(N=math.prod(lead), n=n, D=D)
+
+
 @mhc_post.on("cpu", worth=at_least(256, rows=lambda a: math.prod(a.y.shape[:-1])))
 def _(X, y, post, comb):
     n, D = X.shape[-2:]
@@ -96,6 +108,12 @@ def mhc_head(X: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, rms
 @mhc_head.cost
 def _(N, n, D):
     return Cost(flops=N * n * D * (2 * n + 4), read=2 * N * n * D + 4 * n * (n * D + 1), write=2 * N * D)
+
+
+@mhc_head.sizes
+def _(a):
+    *lead, n, D = a.X.shape
+    return dict(N=math.prod(lead), n=n, D=D)
 
 
 @mhc_head.on("cpu", worth=at_least(256, rows=lambda a: math.prod(a.X.shape[:-2])))

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from dsv4_compile.lowerings.dequantize import dequantize, dequantized
 from dsv4_compile.lowerings.grouped_mm import grouped_mm
 from dsv4_compile.lowerings.pointwise import swiglu
-from dsv4_compile.op import Cost, Tensor, acc, known, op
+from dsv4_compile.op import Cost, Tensor, acc, hinted, known, op
 
 
 @op("dsv4::moe")
@@ -65,6 +65,13 @@ def at(x: Tensor | None, index: Tensor) -> Tensor | None:
 def _(N, k, X, D, I, hit, bits):
     """hit: how many different experts are chosen, min(N k, X) at most; bits of a weight, its share of the scales included."""
     return Cost(flops=6 * N * k * D * I, read=hit * 3 * D * I * bits / 8 + 2 * N * D + 12 * N * k, write=4 * N * D)
+
+
+@moe.sizes
+def _(a):
+    (N, D), k, (X, I) = a.x.shape, a.expert.shape[-1], a.w1.shape[:2]
+    stored = sum(t.numel() * t.dtype.itemsize for t in (a.w1, a.s1, a.t1) if t is not None)
+    return dict(N=N, k=k, X=X, D=D, I=I, hit=min(hinted(N) * k, X), bits=8 * stored / (X * I * D))
 
 
 # CPU. The weights that are read are those of the experts that are chosen, each once. Each token's sum goes over its choices

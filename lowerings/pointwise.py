@@ -6,7 +6,7 @@ Nobody implements these on their own; what no larger op takes up is inlined back
 import torch
 import torch.nn.functional as F
 
-from dsv4_compile.op import Tensor, acc, op
+from dsv4_compile.op import Cost, Tensor, acc, op
 
 
 @op("dsv4::softmax")
@@ -15,10 +15,30 @@ def softmax(x: Tensor, dim: int) -> Tensor:
     return torch.softmax(acc(x), dim).to(x.dtype)
 
 
+@softmax.cost
+def _(N):
+    return Cost(flops=5 * N, read=2 * N, write=2 * N)
+
+
+@softmax.sizes
+def _(a):
+    return dict(N=a.x.numel())
+
+
 @op("dsv4::silu")
 def silu(x: Tensor) -> Tensor:
     """x / (1 + e^-x), of x's dtype."""
     return F.silu(acc(x)).to(x.dtype)
+
+
+@silu.cost
+def _(N):
+    return Cost(flops=4 * N, read=2 * N, write=2 * N)
+
+
+@silu.sizes
+def _(a):
+    return dict(N=a.x.numel())
 
 
 @op("dsv4::softplus")
@@ -27,8 +47,28 @@ def softplus(x: Tensor) -> Tensor:
     return F.softplus(acc(x)).to(x.dtype)
 
 
+@softplus.cost
+def _(N):
+    return Cost(flops=3 * N, read=2 * N, write=2 * N)
+
+
+@softplus.sizes
+def _(a):
+    return dict(N=a.x.numel())
+
+
 @op("dsv4::swiglu")
 def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     """silu(min(gate, limit)) * clamp(up, -limit, limit), both [...], in at least fp32; of the inputs' common dtype."""
     y = F.silu(acc(gate).clamp(max=limit)) * acc(up).clamp(-limit, limit)
     return y.to(torch.promote_types(gate.dtype, up.dtype))
+
+
+@swiglu.cost
+def _(N):
+    return Cost(flops=8 * N, read=4 * N, write=2 * N)
+
+
+@swiglu.sizes
+def _(a):
+    return dict(N=a.gate.numel())

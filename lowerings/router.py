@@ -37,6 +37,12 @@ def _(N, X, k):
     return Cost(flops=N * (6 * X + 3 * k), read=4 * N * X + 4 * X, write=12 * N * k)
 
 
+@router.sizes
+def _(a):
+    N, X = a.logits.shape
+    return dict(N=N, X=X)
+
+
 @router.on("cpu", worth=at_least(512, rows=lambda a: a.logits.shape[0]))
 def _(logits, bias, k, scale, eps):
     score = F.softplus(acc(logits)).sqrt_()
@@ -56,6 +62,12 @@ def expert_gates(logits: Tensor, expert: Tensor, scale: float, eps: float) -> Te
 @expert_gates.cost
 def _(N, X, k):
     return Cost(flops=8 * N * k, read=12 * N * k, write=4 * N * k)
+
+
+@expert_gates.sizes
+def _(a):
+    N, X = a.logits.shape
+    return dict(N=N, X=X, k=a.expert.shape[-1])
 
 
 @expert_gates.on("cpu", worth=at_least(512, rows=lambda a: a.logits.shape[0]))

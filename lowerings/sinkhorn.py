@@ -26,6 +26,12 @@ def _(N, n, iters):
     return Cost(flops=N * (5 * n**2 + (2 * iters - 1) * (2 * n**2 + n)), read=4 * N * n**2, write=4 * N * n**2)
 
 
+@sinkhorn.sizes
+def _(a):
+    n = a.logits.shape[-1]
+    return dict(N=a.logits.numel() // n**2, n=n)
+
+
 @sinkhorn.on("cpu")
 def balanced(logits: Tensor, iters: int, eps: float) -> Tensor:
     """The result is diag(1/p) K diag(1/q) with K = softmax + eps. Dividing by a sum plus eps means p <- K (1/q) + eps p for
