@@ -6,8 +6,11 @@ from typing import Annotated
 
 import typer
 
+from .cache.command import app as cache_app
+
 Option = typer.Option
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(cache_app, name="cache")
 
 
 @app.callback()

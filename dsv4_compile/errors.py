@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class DSV4Error(Exception):
@@ -86,3 +87,47 @@ NO_COMPILER = (
     "no C++ compiler found ({looked_for}): the rewritten graph runs op by op (inner='eager'). Install one or set CXX for "
     "generated code; set options={{'inner': 'eager'}} (DSV4_INNER=eager) to say that this is meant."
 )
+
+
+class CacheEntryBad(DSV4Error):
+    """A cache entry that is not what it says: cut short, changed, or put under another name."""
+
+    def __init__(self, file: Path, why: str):
+        super().__init__(f"cache entry {file}: {why}. It is put aside and built again; nothing was loaded from it.")
+
+
+class CacheFolderUnsafe(DSV4Error):
+    """Compiled kernels run as code, so nobody else may write to where they lie."""
+
+    def __init__(self, folder: Path):
+        super().__init__(
+            f"cache folder {folder} can be written by others, or belongs to another user: nothing is loaded from it. "
+            f"Run `chmod go-w {folder}`, or choose a folder of your own with DSV4_CACHE_DIR."
+        )
+
+
+class CacheLockTimeout(DSV4Error):
+    """Another living process holds the lock of an entry for longer than any build takes."""
+
+    def __init__(self, lock: Path, seconds: float):
+        super().__init__(
+            f"another process has been building a cache entry for more than {seconds:g} s (lock {lock}): wait for it, stop "
+            "it, or choose another folder with DSV4_CACHE_DIR."
+        )
+
+
+class CacheNotWritten(DSV4Error):
+    """No room or no permission; told as a warning, since the kernel was built all the same."""
+
+    def __init__(self, folder: Path, why: str):
+        super().__init__(
+            f"cache folder {folder}: {why}: the kernel was built and is not kept. Make room (`dsv4 cache prune`), or choose "
+            "another folder with DSV4_CACHE_DIR."
+        )
+
+
+class CacheArchiveBad(DSV4Error):
+    """A file given to `dsv4 cache import` that holds something else than entries."""
+
+    def __init__(self, file: Path, why: str):
+        super().__init__(f"cache archive {file}: {why}. Nothing of it was taken; write it with `dsv4 cache export`.")
