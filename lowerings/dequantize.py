@@ -9,6 +9,7 @@ from dsv4_compile.op import Cost, Tensor, op
 
 FP8_BLOCK = 128  # rows and columns that share a scale
 MXFP4_BLOCK, NVFP4_BLOCK = 32, 16  # columns that share one
+E4M3_UNIT = 256.0  # of `e4m3_parts`
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # then the same negative
 
 
@@ -53,16 +54,32 @@ def _(weight, scale, scale_2):
 
 
 def dequantized(weight: Tensor, scale: Tensor, scale_2: Tensor | None) -> Tensor:
-    """`dequantize` on the CPU by table look-up, bit for bit. A byte of 4-bit codes is one 8-byte entry, a pair of fp32: for
-    8.4 million codes on one core 0.1 s, against 0.8 s for the arithmetic."""
+    """`dequantize` on the CPU, bit for bit, in a few vector loops. Four-bit codes are looked up: a byte is one 8-byte entry,
+    a pair of fp32 (8.4 million codes on one core: 0.1 s, against 0.8 s for the arithmetic)."""
     scale = scale.float()
     if weight.dtype == torch.float8_e4m3fn:
-        value = e4m3_table().index_select(0, weight.reshape(-1).view(torch.uint8).int()).view(weight.shape)
-        return scale_blocks_(value, scale)
+        return scale_blocks_(e4m3_parts(weight).mul_(E4M3_UNIT), scale)
     pairs = e2m1_table().index_select(0, weight.reshape(-1).int()).view(weight.shape)
     value = pairs.view(torch.float32)
     value.unflatten(-1, (scale.shape[-1], -1)).mul_(scale.unsqueeze(-1))
     return value if scale_2 is None else value.mul_(scale_2[..., None, None])
+
+
+def e4m3_parts(weight: Tensor) -> Tensor:
+    """e4m3 / E4M3_UNIT as fp32, contiguous: sign, exponent and mantissa are moved to where fp16 has them, whose bias is 8
+    more. A quarter of the time of a look-up, a fiftieth of that of PyTorch's own conversion."""
+    bits = weight.view(torch.int8).to(torch.int16, memory_format=torch.contiguous_format)
+    bits <<= 7
+    bits &= -0x4080  # without the copies of the sign
+    value = bits.view(torch.float16).float()
+    return value.masked_fill_(weight.view(torch.uint8) & 127 == 127, float("nan")) if holds_nan(weight) else value
+
+
+def holds_nan(weight: Tensor) -> bool:
+    """Whether a byte of e4m3 is 0x7f or 0xff, the largest signed and the largest unsigned one."""
+    if not weight.numel():
+        return False
+    return weight.view(torch.int8).amax().item() == 127 or weight.view(torch.uint8).amax().item() == 255
 
 
 def scale_blocks_(value: Tensor, scale: Tensor) -> Tensor:
@@ -75,12 +92,6 @@ def scale_blocks_(value: Tensor, scale: Tensor) -> Tensor:
     if N % FP8_BLOCK:
         value[..., whole * FP8_BLOCK :, :].mul_(spread[..., whole:, :])
     return value
-
-
-@cache
-def e4m3_table() -> Tensor:
-    """The 256 values of a byte."""
-    return torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
 
 
 @cache

@@ -5,6 +5,7 @@ import torch
 from dsv4_compile.op import Cost, Tensor, acc, op
 
 FEW = 16  # matrices; up to here one batched product a half step is cheaper than vectors over the batch
+FEWEST = 4  # matrices of 4 x 4; up to here Python's own floats are cheaper than any call
 
 
 @op("dsv4::sinkhorn")
@@ -40,8 +41,30 @@ def balanced(logits: Tensor, iters: int, eps: float) -> Tensor:
     k = torch.softmax(acc(logits), -1).add_(eps)
     rows, columns = k.shape[-2:]
     k = k.view(-1, rows, columns)
+    if len(k) <= FEWEST and (rows, columns) == (4, 4) and eps > 0:  # a zero that is divided by is an error in Python
+        return k.new_tensor([_by_number(m, iters, eps) for m in k.tolist()]).view(logits.shape)
     (_few if len(k) <= FEW else _many)(k, iters, eps)
     return k.view(logits.shape)
+
+
+def _by_number(k: list[list[float]], iters: int, eps: float) -> list[list[float]]:
+    """One matrix in fp64, number by number: 76 calls of PyTorch take four times as long (N = 1, 20 iterations)."""
+    (a, b, c, d), (e, f, g, h), (i, j, l, m), (n, o, r, s) = k
+    p0 = p1 = p2 = p3 = 1.0
+    q0, q1, q2, q3 = a + e + i + n + eps, b + f + j + o + eps, c + g + l + r + eps, d + h + m + s + eps
+    for _ in range(iters - 1):
+        x, y, z, w = 1 / q0, 1 / q1, 1 / q2, 1 / q3
+        p0 = a * x + b * y + c * z + d * w + eps * p0
+        p1 = e * x + f * y + g * z + h * w + eps * p1
+        p2 = i * x + j * y + l * z + m * w + eps * p2
+        p3 = n * x + o * y + r * z + s * w + eps * p3
+        x, y, z, w = 1 / p0, 1 / p1, 1 / p2, 1 / p3
+        q0 = a * x + e * y + i * z + n * w + eps * q0
+        q1 = b * x + f * y + j * z + o * w + eps * q1
+        q2 = c * x + g * y + l * z + r * w + eps * q2
+        q3 = d * x + h * y + m * z + s * w + eps * q3
+    q = q0, q1, q2, q3
+    return [[v / (p * t) for v, t in zip(row, q, strict=True)] for row, p in zip(k, (p0, p1, p2, p3), strict=True)]
 
 
 def _few(k: Tensor, iters: int, eps: float) -> None:

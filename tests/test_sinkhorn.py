@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_compile.lowerings.sinkhorn import FEW, sinkhorn
+from dsv4_compile.lowerings.sinkhorn import FEW, FEWEST, sinkhorn
 
 RUNS = [sinkhorn, sinkhorn.meaning]
 NAMES = ["cpu", "meaning"]
@@ -40,7 +40,18 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-SHAPES = [(4, 4), (1, 1, 4, 4), (2, 3, 4, 4), (FEW, 4, 4), (FEW + 1, 4, 4), (3, 1, 1), (0, 4, 4), (5, 2, 3), (40, 3, 2)]
+SHAPES = [
+    (4, 4),
+    (1, 1, 4, 4),
+    (2, 3, 4, 4),
+    (FEWEST, 4, 4),
+    (FEW, 4, 4),
+    (FEW + 1, 4, 4),
+    (3, 1, 1),
+    (0, 4, 4),
+    (5, 2, 3),
+    (40, 3, 2),
+]
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -54,6 +65,12 @@ def test_meaning_and_cpu_say_what_the_definition_says(shape, iters):
         single = run(logits.float(), iters, 1e-6)
         torch.testing.assert_close(single.double(), want, rtol=1e-5, atol=1e-6)
         assert single.is_contiguous() and single.dtype == torch.float32
+
+
+def test_zeros_are_divided_by_as_tensors_divide():
+    """Without eps a column that underflows gives inf and NaN, not an error."""
+    logits = torch.tensor([[0.0, -200, 0, 0]]).expand(1, 4, 4)
+    torch.testing.assert_close(sinkhorn(logits, 3, 0.0), sinkhorn.meaning(logits, 3, 0.0), equal_nan=True)
 
 
 @settings(max_examples=20, deadline=None)
