@@ -18,6 +18,7 @@ from typing import Any, NewType
 import torch
 from torch.fx import Node
 
+from .constant import constant
 from .errors import BadRule
 from .graph import head, is_cast, is_view, known, literal, shape, strip, term, users, value, where
 from .op import Op
@@ -25,8 +26,8 @@ from .trace import trace
 from .unify import Binding, Pattern, Search, captured
 
 __all__ = [
-    "Found", "Int", "Match", "NearMiss", "Rule", "Scalar", "T", "finder", "head", "is_cast", "is_view", "known", "literal",
-    "rule", "shape", "strip", "term", "users", "value",
+    "Found", "Int", "Made", "Match", "NearMiss", "Rule", "Scalar", "T", "constant", "finder", "head", "is_cast", "is_view",
+    "known", "literal", "rule", "shape", "strip", "term", "users", "value",
 ]  # fmt: skip
 
 Scalar = NewType("Scalar", float)  # a number in the graph that the rule captures: eps, limit, scale
@@ -43,6 +44,15 @@ class T:
     def __init__(self, *shape: int, dtype: torch.dtype = torch.float32):
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "dtype", dtype)
+
+
+@dataclass(frozen=True)
+class Made:
+    """An argument that the graph does not hold as such: `fn` of some of its values, traced in front of the op. A `check` or
+    a finder gives it where a model has the same content in another layout."""
+
+    fn: Callable[..., Any]
+    inputs: tuple[Node, ...]
 
 
 @dataclass

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
 from .errors import BadRule
@@ -28,7 +29,7 @@ from .graph import (
     unwiden,
     value,
 )
-from .match import Match
+from .match import Made, Match
 from .op import Op
 from .unify import outside_users
 
@@ -54,10 +55,10 @@ def rewrite(graph: fx.Graph, match: Match, examine: Examine | None = None) -> No
         raise Refused(str(verdict))
     order = {node: i for i, node in enumerate(graph.nodes)}
     arguments = _in_order(match.rule.op, match.arguments)
-    if depends_on((a for a in arguments.values() if isinstance(a, Node)), set(match.outputs), order):
+    inputs = [n for a in arguments.values() for n in _read(a)]
+    if depends_on(inputs, set(match.outputs), order):
         raise Refused("an input is computed from an output")
     first = min(match.outputs, key=order.__getitem__)
-    inputs = [a for a in arguments.values() if isinstance(a, Node)]
     last = max(inputs, key=order.__getitem__, default=first)
     late = order[last] > order[first]
     position = last.next if late else first
@@ -71,6 +72,11 @@ def rewrite(graph: fx.Graph, match: Match, examine: Examine | None = None) -> No
     erase_dead([*(old for old, _ in replacements), *match.inner])
     if late:
         sort(graph)
+
+
+def _read(argument: Any) -> tuple[Node, ...]:
+    """The nodes that an argument is or is made of."""
+    return argument.inputs if isinstance(argument, Made) else (argument,) if isinstance(argument, Node) else ()
 
 
 def _in_order(op: Op, given: dict[str, Any]) -> dict[str, Any]:
@@ -89,10 +95,14 @@ def _replacements(graph: fx.Graph, match: Match, arguments: dict[str, Any]) -> l
     """
     op, like = match.rule.op, match.outputs[0]
     widest = max((value(o).dtype for o in match.outputs), key=lambda d: d.is_floating_point * d.itemsize)
+    made = {n: _made(graph, a, like) for n, a in arguments.items() if isinstance(a, Made)}
+    arguments = arguments | made
     reason = ""
     for prepare in (unwiden, lambda x: x, lambda x: _widened(graph, x, widest, like)):
         args = [
-            prepare(_flat(graph, a, match.ranks.get(n), like)) if is_tensor(a) else size_node(graph, a)
+            prepare(_flat(graph, a, None if n in made else match.ranks.get(n), like))
+            if is_tensor(a)
+            else size_node(graph, a)
             for n, a in arguments.items()
         ]
         node = call(graph, op.target, args, like)
@@ -111,6 +121,14 @@ def _replacements(graph: fx.Graph, match: Match, arguments: dict[str, Any]) -> l
         )
         erase_dead([node])
     raise Refused(f"would lose precision: {reason}")
+
+
+def _made(graph: fx.Graph, argument: Made, like: Node) -> Node:
+    values = [value(n) for n in argument.inputs]
+    with next(v.fake_mode for v in values if isinstance(v, FakeTensor)):
+        piece = trace_aten(argument.fn, values)
+    (node,) = graft(graph, piece, argument.inputs, like)
+    return node
 
 
 def landing(old: Node, dtype: torch.dtype) -> Node | None:

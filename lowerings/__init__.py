@@ -24,4 +24,5 @@ OPS: tuple[Op, ...] = (
     moe.moe,
     compressor.compressor,
     attention.attention,
+    attention.dense_attention,
 )

@@ -54,6 +54,32 @@ def _(a):
     return dict(B=B, T=T, h=h, d=d, W=a.window.shape[-1], K=0 if a.index is None else a.index.shape[-1])
 
 
+@op("dsv4::dense_attention")
+def dense_attention(q: Tensor, rows: Tensor, mask: Tensor, sink: Tensor, scale: float) -> Tensor:
+    """The same core over all rows, with a mask that is added to the logits: for masks that only the data knows.
+
+    q [B, T, h, d]; rows [B, S, d]; mask [B, 1, T, S]; sink [h] (at least fp32). Returns [B, T, h, d] of q's dtype, computed
+    in at least fp32. Source: DeepSeek-V4, attention core.
+    """
+    k = acc(rows).unsqueeze(1)
+    s = acc(q).transpose(1, 2) @ k.transpose(-1, -2) * scale + acc(mask)
+    s = torch.cat([s, sink.view(1, -1, 1, 1).expand(*s.shape[:-1], 1)], -1)
+    return (torch.softmax(s, -1)[..., :-1] @ k).transpose(1, 2).to(q.dtype)
+
+
+@dense_attention.cost
+def _(B, T, h, d, S):
+    return Cost(
+        flops=4 * B * T * h * d * S, read=2 * B * S * d + 4 * B * T * S + 2 * B * T * h * d, write=2 * B * T * h * d
+    )
+
+
+@dense_attention.sizes
+def _(a):
+    B, T, h, d = a.q.shape
+    return dict(B=B, T=T, h=h, d=d, S=a.rows.shape[1])
+
+
 BLOCK = 1 << 18  # elements of gathered rows at a time: they stay in a core's L2 cache
 
 

@@ -1,10 +1,14 @@
-"""The attention core: gather rows by index lists, one softmax with a sink, weighted sum of the same rows."""
+"""The attention core: gather rows by index lists, one softmax with a sink, weighted sum of the same rows.
+
+Hugging Face has all rows and a dense mask. Where the mask is one that lists can say, it becomes the same op.
+"""
 
 import torch
 
-from dsv4_compile.lowerings.attention import attention
+from dsv4_compile.lowerings.attention import attention, dense_attention
 from dsv4_compile.lowerings.pointwise import softmax
-from dsv4_compile.match import Match, Scalar, T, rule, shape
+from dsv4_compile.match import Made, Match, Scalar, T, rule, shape
+from dsv4_compile.patterns.masks import index_lists, without_head
 
 LIST = torch.int64
 QUERY = dict(q=T(3, 5, 6, 7), keys=T(3, 11, 7), window=T(3, 5, 13, dtype=LIST), sink=T(6))
@@ -79,3 +83,44 @@ def window_and_entries_scaled(q, keys, window, entries, index, sink, scale: Scal
     lists = torch.cat([window, index], 2)
     s = on_window(logits(q, rows, lists, scale), sink, window.shape[-1])
     return torch.softmax(absent(s, lists), -1) @ rows
+
+
+DENSE = dict(q=T(3, 6, 5, 7), rows=T(3, 1, 11, 7), mask=T(3, 1, 5, 11), sink=T(6))
+
+
+def of_all_rows(q, rows, mask, sink, scale):
+    B, h, T, _ = q.shape
+    k = rows.unsqueeze(2).expand(-1, -1, h, -1, -1).reshape(B, h, *rows.shape[2:])
+    s = torch.matmul(q, k.transpose(2, 3)) * scale + mask
+    s = torch.cat([s, sink.view(1, -1, 1, 1).expand(B, -1, T, -1)], -1)
+    p = torch.softmax(s - s.max(-1, keepdim=True).values, -1)[..., :-1]
+    return torch.matmul(p, k).transpose(1, 2)
+
+
+def heads_inside(q):
+    return q.transpose(1, 2)
+
+
+def listed(match: Match) -> bool | str:
+    a = match.arguments
+    lists = index_lists(a["q"], a.pop("rows"), a.pop("mask"))
+    if isinstance(lists, str):
+        return lists
+    a |= lists | {"q": Made(heads_inside, (a["q"],)), "sink_on_window": False}
+    return True
+
+
+def dense(match: Match) -> bool:
+    a = match.arguments
+    a |= {"q": Made(heads_inside, (a["q"],)), "rows": Made(without_head, (a["rows"],))}
+    return True
+
+
+@rule(attention, name="fuse.attention", anchor=softmax, example=DENSE, check=listed)
+def masked_by_lists(q, rows, mask, sink, scale: Scalar):
+    return of_all_rows(q, rows, mask, sink, scale)
+
+
+@rule(dense_attention, name="fuse.attention", anchor=softmax, example=DENSE, check=dense)
+def masked(q, rows, mask, sink, scale: Scalar):
+    return of_all_rows(q, rows, mask, sink, scale)

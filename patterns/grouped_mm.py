@@ -1,4 +1,5 @@
-"""One matrix product for each group of rows: torch's own for bf16, and the form in blocks of rows for other dtypes."""
+"""One matrix product for each group of rows: torch's own for bf16, and for other dtypes the form in blocks of rows, or the
+op that Hugging Face calls."""
 
 from typing import Any
 
@@ -9,10 +10,21 @@ from torch.fx import Node
 from dsv4_compile.lowerings.grouped_mm import grouped_mm
 from dsv4_compile.match import Found, Int, Match, T, finder, head, known, rule, shape, strip, term, users
 
+PADS = ("aten.constant_pad_nd", "aten.permute")
 
-@finder(grouped_mm, name="raise.grouped_mm", anchor="_grouped_mm", shared=("aten.constant_pad_nd", "aten.permute"))
+
+@finder(grouped_mm, name="raise.grouped_mm", anchor="_grouped_mm", shared=PADS)
 def native(product: Node) -> Found | str | None:
-    """aten._grouped_mm(x, w^T, ends), between zero padding and a slice or without."""
+    return grouped_product(product)
+
+
+@finder(grouped_mm, name="raise.grouped_mm", anchor="transformers.grouped_mm_fallback", shared=PADS)
+def of_transformers(product: Node) -> Found | str | None:
+    return grouped_product(product)
+
+
+def grouped_product(product: Node) -> Found | str:
+    """product(x, w^T, ends), between zero padding and a slice or without."""
     x, w, ends = (*product.args[:3],)
     if ends is None or any(a is not None for a in (*product.args[3:], *product.kwargs.values())):
         return "groups given by where they end, no bias, no other dtype"

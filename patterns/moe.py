@@ -9,7 +9,7 @@ from dsv4_compile.lowerings.dequantize import dequantize
 from dsv4_compile.lowerings.grouped_mm import grouped_mm
 from dsv4_compile.lowerings.moe import moe
 from dsv4_compile.lowerings.pointwise import swiglu
-from dsv4_compile.match import Int, Match, Scalar, T, head, rule, shape, strip
+from dsv4_compile.match import Int, Made, Match, Scalar, T, head, known, rule, shape, strip
 from dsv4_compile.patterns.repeats import repeats, same_repeats
 
 E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
@@ -51,7 +51,7 @@ def interleaved(match: Match) -> bool | str:
     """Each token k times in a row, as its choices lie: the matcher cannot tell that from all tokens k times."""
     x, (_, k) = match.arguments["x"], shape(match.arguments["gate"])
     *lead, D = shape(x)
-    rows = next(n for n in match.inner if head(n) == "aten.bmm" and strip(n.args[0]) is strip(x)).args[0]
+    rows = next(a for n in match.inner if head(n) == "aten.bmm" for a in n.args if strip(a) is strip(x))
     return (
         same_repeats(repeats(rows, x), [(math.prod(lead), k, D)]) or "each token repeated in a row, once for a choice"
     )
@@ -83,3 +83,50 @@ def grouped(x, expert, gate, w1, w3, w2, limit: Scalar, s1, s3, s2, t1, t3, t2, 
     h = swiglu(grouped_mm(x_k, m1, ends), grouped_mm(x_k, m3, ends), limit)
     y = grouped_mm(h, m2, ends)[order.argsort()].view(*expert.shape, x.shape[-1])
     return (y * gate.unsqueeze(-1)).sum(1)
+
+
+# As Hugging Face has them: W1 and W3 in one matrix, and the gates applied before the choices are put back in order.
+
+I, D = 23, 7
+PACKED = dict(x=T(N, D), expert=T(N, K, dtype=torch.int64), gate=T(N, K), w13=T(X, 2 * I, D), w2=T(X, D, I))
+
+
+def unpacked(match: Match) -> bool:
+    w13 = match.arguments.pop("w13")
+    match.arguments |= {"w1": Made(lambda w: w.chunk(2, 1)[0], (w13,)), "w3": Made(lambda w: w.chunk(2, 1)[1], (w13,))}
+    return True
+
+
+def unpacked_and_interleaved(match: Match) -> bool | str:
+    return unpacked(match) and interleaved(match)
+
+
+def unpacked_and_sorted(match: Match) -> bool | str:
+    X, top, _ = (match.arguments.pop(name) for name in ("experts", "top", "k"))
+    return unpacked(match) and (known(top == X - 1) or f"a histogram of experts 0 to {X - 1}, found {top}")
+
+
+@rule(moe, name="fuse.moe", anchor="index", example=PACKED, check=unpacked_and_interleaved)
+def gathered_packed(x, expert, gate, w13, w2, limit: Scalar):
+    chosen = expert.flatten()
+    x_k = x.repeat_interleave(expert.shape[-1], 0)
+    g, u = torch.bmm(w13[chosen], x_k.unsqueeze(-1)).squeeze(-1).chunk(2, -1)
+    y = torch.bmm(w2[chosen], swiglu(g, u, limit).unsqueeze(-1)).squeeze(-1) * gate.flatten().unsqueeze(-1)
+    return y.view(*expert.shape, x.shape[-1]).sum(1)
+
+
+@rule(
+    moe,
+    name="fuse.moe",
+    anchor=grouped_mm,
+    example=PACKED | {"experts": X, "top": X - 1, "k": K},
+    check=unpacked_and_sorted,
+)
+def grouped_packed(x, expert, gate, w13, w2, limit: Scalar, experts: Int, top: Int, k: Int):
+    chosen, order = expert.flatten().sort()
+    counted = chosen.float() if x.device.type == "cpu" else chosen.int()
+    ends = torch.histc(counted, experts, 0, top).cumsum(0, dtype=torch.int32)
+    g, u = grouped_mm(x[order // k], w13, ends).chunk(2, -1)
+    y = grouped_mm(swiglu(g, u, limit), w2, ends) * gate.flatten()[order].unsqueeze(-1)
+    back = torch.empty_like(order).index_put((order,), torch.arange(len(order), device=x.device))
+    return y[back].view(*expert.shape, x.shape[-1]).sum(1)

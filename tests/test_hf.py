@@ -1,0 +1,254 @@
+"""Hugging Face's DeepseekV4ForCausalLM, as it is: the same ops are found in it as in the reference model."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from dsv4_compile.backend import backend
+from dsv4_compile.lowerings.attention import dense_attention
+from dsv4_compile.sites import expected
+
+transformers = pytest.importorskip("transformers")
+modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
+transformers.logging.set_verbosity_error()
+
+SWA, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
+FUSIONS = ("attention", "compressor", "mhc", "moe", "router")
+CONFIG = dict(
+    vocab_size=61,
+    hidden_size=40,
+    moe_intermediate_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    head_dim=24,
+    qk_rope_head_dim=8,
+    q_lora_rank=20,
+    o_groups=2,
+    o_lora_rank=10,
+    sliding_window=7,
+    compress_rates={CSA: 4, HCA: 8},
+    index_n_heads=16,
+    index_head_dim=16,
+    index_topk=3,
+    n_routed_experts=6,
+    num_experts_per_tok=2,
+    routed_scaling_factor=1.5,
+    swiglu_limit=2.0,
+    hc_mult=4,
+    hc_sinkhorn_iters=2,
+    num_hash_layers=1,
+    layer_types=[SWA, CSA, HCA],
+    max_position_embeddings=4096,
+    num_nextn_predict_layers=0,
+    tie_word_embeddings=False,
+)
+
+
+def config(**change):
+    return transformers.DeepseekV4Config(**(CONFIG | change))
+
+
+@torch.no_grad()
+def randomised(module: torch.nn.Module) -> torch.nn.Module:
+    """Frozen, every number drawn: zero sinks, zero biases and unit norms would hide mistakes."""
+    g = torch.Generator().manual_seed(0)
+    for name, p in [*module.named_parameters(), *module.named_buffers()]:
+        if p.dtype == torch.int64:  # the hash table
+            experts = CONFIG["n_routed_experts"]
+            p.copy_(torch.rand(len(p), experts, generator=g).topk(p.shape[1], -1).indices)
+        elif "inv_freq" not in name:
+            noise = torch.randn(p.shape, generator=g)
+            scale = 0.4 if p.dim() == 1 else 1.5 * p.shape[-1] ** -0.5
+            p.copy_(1 + 0.2 * noise if "norm" in name else scale * noise)
+    return module.eval().requires_grad_(False)
+
+
+def random_model(**change):
+    return randomised(transformers.DeepseekV4ForCausalLM(config(**change)))
+
+
+def tokens(B: int, T: int) -> torch.Tensor:
+    return torch.randint(0, CONFIG["vocab_size"], (B, T), generator=torch.Generator().manual_seed(1))
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    """1e-4 for numbers of size 7, in proportion."""
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * max(1.0, want.abs().max().item() / 7))
+
+
+def ran(report) -> set[str]:
+    return {name for name, _ in report.runs}
+
+
+# Whole models
+
+
+def test_every_site_of_prefill_is_found():
+    model, ids, reports = random_model(), tokens(2, 29), []
+    want = model(ids, use_cache=False).logits
+    options = {"inner": "eager", "strict": True, "lowerings": "c*"}
+    compiled = torch.compile(model, backend=partial(backend, options=options, observe=reports.append), fullgraph=True)
+    close(compiled(ids, use_cache=False).logits, want)
+    (report,) = reports
+    assert {f: report.counts[f] for f in FUSIONS} == expected(model)
+    assert {"attention", "compressor", "moe", "router", "expert_gates", "mhc_pre", "mhc_post", "mhc_head"} <= ran(
+        report
+    )
+    assert "dense_attention" not in ran(report)
+
+
+# Experts
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("N", [1, 9])
+def test_packed_experts(rewritten, implementation, N):
+    settings = config()
+    settings._experts_implementation = implementation
+    experts = randomised(modeling.DeepseekV4Experts(settings))
+    x, index = torch.randn(N, CONFIG["hidden_size"]), torch.randint(0, CONFIG["n_routed_experts"], (N, 2))
+    gate = torch.rand(N, 2)
+    got, report = rewritten(experts, x, index, gate)
+    assert report.counts["moe"] == 1 and ran(report) == {"moe"}
+    close(got, experts(x, index, gate))
+
+
+def test_packed_experts_in_bf16(rewritten):
+    settings = config(hidden_size=48)
+    settings._experts_implementation = "grouped_mm"
+    experts = randomised(modeling.DeepseekV4Experts(settings)).bfloat16()
+    x, index = torch.randn(9, 48).bfloat16(), torch.randint(0, CONFIG["n_routed_experts"], (9, 2))
+    gate = torch.rand(9, 2).bfloat16()
+    got, report = rewritten(experts, x, index, gate)
+    assert report.counts["moe"] == 1
+    torch.testing.assert_close(got, experts(x, index, gate), rtol=2**-6, atol=2**-5)
+
+
+# Compressors
+
+
+@pytest.mark.parametrize("kind, sites", [("HCA", 1), ("CSA", 2)])
+@pytest.mark.parametrize("T", [9, 27], ids=["one or two windows", "more"])
+def test_compressors_of_windows(rewritten, kind, sites, T):
+    compressor = randomised(getattr(modeling, f"DeepseekV4{kind}Compressor")(config()))
+    x, q = torch.randn(2, T, CONFIG["hidden_size"]), torch.randn(2, T, CONFIG["q_lora_rank"])
+
+    def run(x, q):
+        positions = torch.arange(x.shape[1]).unsqueeze(0)
+        return compressor(x, q, positions, None, 0)
+
+    (entries, bias), report = rewritten(run, x, q)
+    assert report.counts["compressor"] == sites
+    want, want_bias = run(x, q)
+    close(entries, want)
+    assert torch.equal(bias, want_bias)
+
+
+def test_the_first_overlapping_window_alone(rewritten):
+    compressor = randomised(modeling.DeepseekV4CSACompressor(config()))
+    x, q, positions = torch.randn(2, 5, 40), torch.randn(2, 5, 20), torch.arange(5).unsqueeze(0)
+    (entries, _), report = rewritten(lambda x, q: compressor(x, q, positions, None, 0), x, q)
+    assert report.counts["compressor"] == 2
+    close(entries, compressor(x, q, positions, None, 0)[0])
+
+
+# Attention
+
+B, H, T, D = 2, 4, 11, 6
+
+
+def sliding(width, T=T, S=T):
+    row, column = torch.arange(T).unsqueeze(1) + S - T, torch.arange(S)
+    return (column <= row) & (column > row - width)
+
+
+def additive(seen):
+    return torch.where(seen, torch.zeros(()), torch.finfo(torch.float32).min).expand(B, 1, *seen.shape[-2:])
+
+
+class Core(torch.nn.Module):
+    """What Hugging Face's attention function reads of its module."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("sinks", torch.randn(H))
+        self.num_key_value_groups = H
+        self.eval()
+
+    def forward(self, q, rows, mask):
+        return modeling.eager_attention_forward(self, q, rows, rows, mask, 0.4)[0]
+
+
+def drawn(T=T, S=T):
+    return Core(), torch.randn(B, H, T, D), torch.randn(B, 1, S, D)
+
+
+def test_a_constant_sliding_mask_becomes_lists(rewritten):
+    core, q, rows = drawn(S=T + 3)
+
+    def attend(q, rows):
+        return core(q, rows, additive(sliding(4, S=T + 3)))
+
+    got, report = rewritten(attend, q, rows)
+    assert ran(report) == {"attention"}
+    close(got, attend(q, rows))
+
+
+def test_chosen_and_permitted_entries_become_lists(rewritten):
+    core, q, x = drawn(S=T + 5)
+    index = torch.stack([torch.randperm(5)[:3] for _ in range(B * T)]).view(B, T, 3)
+    index[:, :4, 1:] = -1
+    number = torch.arange(T).view(1, T) // 2
+
+    def attend(q, x, bias):
+        return core(q, torch.cat([x[:, :, :T], x[:, :, T:]], 2), torch.cat([additive(sliding(4)), bias], -1))
+
+    def chosen(q, x, index, number):
+        place = torch.where(index >= 0, index, torch.full_like(index, 5)).unsqueeze(1)
+        bias = q.new_full((B, 1, T, 6), float("-inf")).scatter_(-1, place, 0.0)[..., :5]
+        return attend(q, x, bias)
+
+    def permitted(q, x, index, number):
+        late = torch.arange(5).view(1, 1, 1, 5) >= number[:, None, :, None]
+        bias = q.new_zeros(B, 1, T, 5).masked_fill(late, float("-inf"))
+        return attend(q, x, bias)
+
+    for f in (chosen, permitted):
+        got, report = rewritten(f, q, x, index, number)
+        assert ran(report) == {"attention"}, report
+        close(got, f(q, x, index, number))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda given: given,
+        lambda given: additive(sliding(4) & (given > -1)),
+        lambda given: additive(torch.arange(T) <= torch.arange(T).unsqueeze(1) - torch.arange(T).unsqueeze(1) % 2),
+        lambda given: torch.where(sliding(4), torch.zeros(()), -3.0).expand(B, 1, T, T),
+    ],
+    ids=["an input", "padding", "not sliding", "soft"],
+)
+def test_other_masks_stay_dense(rewritten, mask):
+    core, q, rows = drawn()
+    given = torch.randn(B, 1, T, T)
+
+    def attend(q, rows, given):
+        return core(q, rows, mask(given))
+
+    got, report = rewritten(attend, q, rows, given)
+    assert report.counts["attention"] == 1 and ran(report) == {"dense_attention"}
+    close(got, attend(q, rows, given))
+
+
+def test_dense_attention_says_what_the_formula_says():
+    sink, q, rows = torch.randn(H).double(), *(x.double() for x in drawn(S=9)[1:])
+    mask = torch.randn(B, 1, T, 9).double()
+    mask[:, :, 3:5] = float("-inf")
+    s = torch.einsum("bhtd,bsd->bhts", q, rows[:, 0]) * 0.3 + mask
+    weight = s.exp() / (s.exp().sum(-1, keepdim=True) + sink.exp().view(1, -1, 1, 1))
+    args = q.transpose(1, 2), rows[:, 0], mask, sink, 0.3
+    torch.testing.assert_close(dense_attention(*args), torch.einsum("bhts,bsd->bthd", weight, rows[:, 0]))
+    torch.library.opcheck(dense_attention.target, (*(a.float() for a in args[:-1]), 0.3))
+    assert dense_attention.symbolic_cost().flops.free_symbols
