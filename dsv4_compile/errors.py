@@ -1,7 +1,7 @@
 """Every error and warning of the compiler, as classes with fixed text: what is wrong, what was expected, what to do."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 
@@ -55,6 +55,26 @@ class RuleFailed(DSV4Error):
         )
 
 
+class WrongRewrite(DSV4Error):
+    """A rewrite that changes the result: found by `verify`."""
+
+    def __init__(self, rule: str, source: str, where: str, layer: str, op: str, reason: str):
+        super().__init__(
+            f"rule {rule} ({source}) at {where} ({layer}) puts dsv4::{op} where it does not compute the same: {reason}. "
+            f"Leave it out with options={{'disable': '{rule.split('/')[0]}'}}; verify does so for this place unless strict."
+        )
+
+
+class AlreadyWrong(DSV4Error):
+    """A bisection of a model that is wrong without any rewrite."""
+
+    def __init__(self, metric: str, value: float, threshold: float):
+        super().__init__(
+            f"{metric} is {value:.3g} without any rewrite, above the threshold {threshold:.3g}: no rewrite is to blame. Give a "
+            "larger threshold, or look for the fault in torch.compile(backend='aot_eager')."
+        )
+
+
 class LoweringFailed(DSV4Error):
     """Asking who runs an op, or writing its meaning into the graph, raised."""
 
@@ -69,6 +89,15 @@ class BrokenGraph(DSV4Error):
 
     def __init__(self, stage: str, what: str):
         super().__init__(f"after {stage}: {what}")
+
+
+class SitesMissing(DSV4Error):
+    """Strict: a fusion did not find all the places that the model's modules hold."""
+
+    def __init__(self, missing: Mapping[str, tuple[int, int]], near: Sequence[str]):
+        found = ", ".join(f"fuse.{f} found {a} of {b}" for f, (a, b) in sorted(missing.items()))
+        why = "".join(f"\n  near: {line}" for line in near[:5])
+        super().__init__(f"strict: {found}; leave out strict or disable those passes to compile all the same.{why}")
 
 
 class BadOp(DSV4Error):
@@ -131,3 +160,22 @@ class CacheArchiveBad(DSV4Error):
 
     def __init__(self, file: Path, why: str):
         super().__init__(f"cache archive {file}: {why}. Nothing of it was taken; write it with `dsv4 cache export`.")
+
+
+class NoKernelCompiler(DSV4Error):
+    """A kernel is needed and CuTeDSL cannot be imported."""
+
+    def __init__(self, cause: BaseException):
+        super().__init__(
+            f"GPU kernels need CuTeDSL, which cannot be imported ({cause}): on Linux, pip install nvidia-cutlass-dsl==4.8.1 "
+            "apache-tvm-ffi; or leave kernels out with options={'lowerings': 'cpu'} (DSV4_LOWERINGS=cpu)."
+        )
+
+
+class JitAfterWarmUp(DSV4Error):
+    """A kernel had to be compiled although warm-up was declared over."""
+
+    def __init__(self, what: str):
+        super().__init__(
+            f"a kernel was compiled after warm-up: {what}. Warm this shape up too, or precompile it with `dsv4 warm`."
+        )

@@ -15,7 +15,8 @@ where nobody else can, and what is inlined back into a graph. Ops are functional
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
@@ -78,6 +79,8 @@ class Implementation:
             return f"runs on {self.device}, not on {device.type}"
         if self.arch is not None and not runs_on(self.arch, torch.cuda.get_device_capability(device)):
             return f"needs {self.arch}"
+        if self.device == "cuda" and not has_cutedsl():
+            return "GPU kernels need nvidia-cutlass-dsl and apache-tvm-ffi"
         for ask in (self.when, self.worth if if_worth else None):
             if ask is not None and (verdict := ask(SimpleNamespace(**arguments))) is not True:
                 return verdict
@@ -87,6 +90,11 @@ class Implementation:
 def at_least(count: int, rows: Callable[[Any], Any]) -> Callable[[Any], bool | str]:
     """For `worth`: enough rows, as `rows` counts them in the arguments. A number that is not known is enough."""
     return lambda a: not known(rows(a) < count) or f"fewer than {count} rows"
+
+
+@cache
+def has_cutedsl() -> bool:
+    return all(find_spec(name) is not None for name in ("cutlass", "tvm_ffi"))
 
 
 def runs_on(arch: str, capability: tuple[int, int]) -> bool:

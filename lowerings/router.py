@@ -2,9 +2,10 @@
 
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 
-from dsv4_compile.op import Cost, Tensor, acc, at_least, op
+from dsv4_compile.op import Cost, Tensor, acc, at_least, known, op
 
 FEW = 16  # tokens; up to here a look in Python for ties is cheaper than three calls
 
@@ -48,6 +49,26 @@ def _(logits, bias, k, scale, eps):
     score = F.softplus(acc(logits)).sqrt_()
     expert = _best(score + bias, k)
     return expert, _normalised(score.gather(-1, expert), scale, eps)
+
+
+def fits_a_warp(a) -> bool | str:
+    if a.logits.dtype != torch.float32 or a.bias.dtype != torch.float32:
+        return "logits and bias must be float32"
+    X = a.logits.shape[1]
+    if not known(X <= 1024):
+        return f"{X} experts: a warp holds at most 1024"
+    return known(a.k <= min(32, X)) or f"k = {a.k}: a warp keeps at most 32 choices, of {X} experts"
+
+
+@router.on("cuda", arch="sm_90+", when=fits_a_warp)
+def _(logits, bias, k, scale, eps):
+    from dsv4_compile.kernels.router import launch
+
+    expert = torch.empty(logits.shape[0], k, dtype=torch.int64, device=logits.device)
+    gate = torch.empty(logits.shape[0], k, dtype=torch.float32, device=logits.device)
+    if len(logits):
+        launch(logits.contiguous(), bias.contiguous(), expert, gate, scale, eps)
+    return expert, gate
 
 
 @op("dsv4::expert_gates")

@@ -1,0 +1,186 @@
+"""What a kernel file declares: a CuTeDSL program, what it is specialised for, its configurations, one launch.
+
+    @dataclass(frozen=True)
+    class Shape: ...    # static sizes: part of the binary
+    @dataclass(frozen=True)
+    class Config: ...   # tile, warps, stages: what tuning chooses among
+
+    def program(shape, config):  return entry, arguments        # a @cute.jit callable and fake arguments for it
+    def configs(shape):          yield the default, then others that are valid
+    KERNEL = Kernel("router", __file__, program, configs)
+
+    KERNEL.launcher(shape)(tensors...)                           # compiled, or loaded from the cache, on first use
+
+Compiled code is cached (`dsv4_compile.cache`) under a key that is equal on every machine, so that a machine without a GPU
+can build it. Launches go to torch's current stream, allocate nothing and wait for nothing, so they may be captured.
+"""
+
+import hashlib
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from .cache.key import Key
+from .cache.store import Store
+from .errors import DSV4Warning, JitAfterWarmUp, NoKernelCompiler
+
+try:
+    import cutlass.cute as cute
+    from cutlass.cute.runtime import load_module, make_fake_stream, make_fake_tensor
+except ImportError as error:
+    raise NoKernelCompiler(error) from error
+
+SYMBOL = "kernel"  # of the entry in every object
+FLAGS = "--enable-tvm-ffi --keep-cubin"
+
+
+@cache
+def arch() -> str:
+    """What kernels are compiled for: DSV4_ARCH, else the device at hand, else Hopper."""
+    import torch
+
+    asked = os.environ.get("DSV4_ARCH")
+    if asked:
+        return asked
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+
+@dataclass
+class Monitor:
+    """Counts what had to be compiled. mode: "off"; "warn" names each; "error" raises, which is what to set after warm-up."""
+
+    mode: str = "off"
+    compiled: list[str] = field(default_factory=list)
+
+    def note(self, what: str) -> None:
+        if self.mode == "error":
+            raise JitAfterWarmUp(what)
+        self.compiled.append(what)
+        if self.mode == "warn":
+            warnings.warn(f"compiling a kernel: {what}", DSV4Warning, stacklevel=4)
+
+
+MONITOR = Monitor()
+STORE = Store()
+
+
+@dataclass(eq=False)
+class Kernel:
+    """One kernel in all of its specialisations. Shapes and configs are frozen dataclasses of integers, strings and booleans."""
+
+    name: str
+    file: str
+    program: Callable[[Any, Any], tuple[Any, Sequence[Any]]]
+    configs: Callable[[Any], Iterator[Any]]
+    loaded: dict[tuple[Any, Any], Callable[..., None]] = field(default_factory=dict, repr=False)
+
+    def launcher(self, shape: Any, config: Any = None) -> Callable[..., None]:
+        """The compiled kernel: takes the tensors and numbers that the program takes, without its stream."""
+        found = self.loaded.get((shape, config))
+        if found is None:
+            config_used = next(self.configs(shape)) if config is None else config
+            data, _ = STORE.load_or_build(self.key(shape, config_used), lambda: self.build(shape, config_used))
+            found = self.loaded[shape, config] = load(data)
+        return found
+
+    def key(self, shape: Any, config: Any, target: str | None = None) -> Key:
+        """What the binary depends on, and nothing else: no version of torch, Python or the driver, no path, no time."""
+        return Key(
+            "object",
+            {
+                "op": self.name,
+                "source": source_digest(self.file),
+                "shape": asdict(shape),
+                "config": asdict(config),
+                "arch": target or arch(),
+                "flags": FLAGS,
+                "cutedsl": importlib.metadata.version("nvidia-cutlass-dsl"),
+                "tvm_ffi": importlib.metadata.version("apache-tvm-ffi"),
+            },
+        )
+
+    def build(self, shape: Any, config: Any, target: str | None = None) -> tuple[bytes, dict[str, Any]]:
+        """Compile to an object file, for another architecture if asked; with it, what the binary says of itself:
+        registers, stack and shared memory."""
+        target = target or arch()
+        MONITOR.note(f"{self.name} {shape} {config} {target}")
+        start = perf_counter()
+        entry, arguments = self.program(shape, config)
+        with tempfile.TemporaryDirectory() as folder:
+            compiled = cute.compile(entry, *arguments, options=f"{FLAGS} --gpu-arch {target} --dump-dir={folder}")
+            file = Path(folder, f"{self.name}.o")
+            compiled.export_to_c(str(file), function_name=SYMBOL)
+            data = file.read_bytes()
+        return data, {"seconds": round(perf_counter() - start, 3), "kernels": resources(compiled.artifacts.CUBIN)}
+
+
+def load(data: bytes) -> Callable[..., None]:
+    """The entry of an object file. The code is copied into memory, so the file need not stay."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.o")
+        file.write_bytes(data)
+        module = load_module(str(file), enable_tvm_ffi=True)
+    LOADED.append(module)  # code goes away with its module
+    return getattr(module, SYMBOL)
+
+
+LOADED: list[Any] = []
+
+
+@cache
+def source_digest(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def resources(cubin: bytes | None) -> dict[str, dict[str, int]] | None:
+    """By kernel: registers, stack (bytes; what spilled goes there) and static shared memory (bytes). None where the
+    disassembler, which triton brings along, is missing."""
+    tool = disassembler("cuobjdump")
+    if cubin is None or tool is None:
+        return None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
+    return {name: {"registers": int(r), "stack": int(s), "shared": int(m)} for name, r, s, m in found}
+
+
+def disassembler(name: str) -> str | None:
+    """A tool of the CUDA toolkit: on PATH, or in triton's wheel."""
+    from importlib.util import find_spec
+
+    if on_path := shutil.which(name):
+        return on_path
+    spec = find_spec("triton")
+    if spec is None or spec.origin is None:
+        return None
+    file = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
+    return str(file) if file.is_file() else None
+
+
+def fake(dtype: Any, *shape: Any, align: int = 16) -> Any:
+    """A contiguous tensor to compile with: static sizes are integers, others symbols; the innermost row must be aligned to
+    `align` bytes for 128-bit loads."""
+    strides: list[Any] = []
+    run: Any = 1
+    for size in reversed(shape):
+        strides.append(run if run is not None else cute.sym_int64(divisibility=max(1, align * 8 // dtype.width)))
+        run = run * size if run is not None and isinstance(size, int) else None
+    return make_fake_tensor(dtype, shape, stride=tuple(reversed(strides)), assumed_align=align)
+
+
+def stream() -> Any:
+    """In a program's arguments: launch on torch's current stream; nothing is passed for it."""
+    return make_fake_stream(use_tvm_ffi_env_stream=True)

@@ -1,0 +1,65 @@
+"""What all kernels have in common: keys, builds without a GPU, the cache, the monitor. Their mathematics is tested op by op."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+
+if find_spec("cutlass") is None:
+    pytest.skip("GPU kernels need CuTeDSL, which has wheels for Linux only", allow_module_level=True)
+
+from dsv4_compile import kernel as base
+from dsv4_compile.cache.store import Store
+from dsv4_compile.errors import DSV4Warning, JitAfterWarmUp
+from dsv4_compile.kernels import router
+
+SHAPE = router.Shape(24, 4)
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """A cache of its own, nothing loaded, a silent monitor."""
+    monkeypatch.setattr(base, "STORE", Store(tmp_path))
+    monkeypatch.setattr(base, "MONITOR", base.Monitor())
+    monkeypatch.setattr(router.KERNEL, "loaded", {})
+    return base.STORE
+
+
+def test_a_key_names_what_the_binary_depends_on_and_nothing_else():
+    fields = router.KERNEL.key(SHAPE, router.Config(4)).fields
+    assert fields.keys() == {"op", "source", "shape", "config", "arch", "flags", "cutedsl", "tvm_ffi"}
+    assert fields["shape"] == {"experts": 24, "k": 4} and fields["config"] == {"warps": 4}
+    text = json.dumps(fields)
+    assert "torch" not in text and "/" not in text and "0x" not in text
+
+
+def test_built_once_then_loaded(store, monkeypatch):
+    router.KERNEL.launcher(SHAPE)
+    (entry,) = store.entries()
+    assert entry.key == router.KERNEL.key(SHAPE, next(router.configs(SHAPE)))
+    assert len(base.MONITOR.compiled) == 1
+    monkeypatch.setattr(router.KERNEL, "loaded", {})
+    base.MONITOR.mode = "error"
+    router.KERNEL.launcher(SHAPE)
+    with pytest.raises(JitAfterWarmUp, match="experts=24, k=5"):
+        router.KERNEL.launcher(router.Shape(24, 5))
+    base.MONITOR.mode = "warn"
+    with pytest.warns(DSV4Warning, match="experts=24, k=5"):
+        router.KERNEL.launcher(router.Shape(24, 5))
+
+
+def test_wrong_tensors_are_refused_before_anything_runs(store):
+    import torch
+
+    expert, gate = torch.zeros(3, 4, dtype=torch.int64), torch.zeros(3, 4)
+    with pytest.raises(Exception, match=r"(?s)logits.*float32"):
+        router.KERNEL.launcher(SHAPE)(torch.zeros(3, 24).double(), torch.zeros(24), expert, gate, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, router.Shape(7, 7), router.Shape(256, 6)], ids=str)
+def test_the_router_compiles_without_a_gpu_and_does_not_spill(shape):
+    default, *others = router.configs(shape)
+    builds = [(default, "sm_90a"), (default, "sm_100a"), (others[0], "sm_90a")]
+    for config, target in builds:
+        _, facts = router.KERNEL.build(shape, config, target)
+        assert facts["kernels"] and all(k["stack"] == 0 for k in facts["kernels"].values()), facts
