@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import config as configuration
-from .errors import GRADIENTS, NO_COMPILER, DSV4Warning, NoCompiler
+from .errors import GRADIENTS, NO_COMPILER, DSV4Warning, NoCompiler, SitesMissing
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .passes import PassManager
     from .report import Report
 
@@ -46,6 +48,7 @@ def build(
     """Compile with the given passes."""
     from torch._inductor.compile_fx import compile_fx
 
+    from . import sites, stored
     from .instances import inline_regions
     from .report import HISTORY
 
@@ -53,10 +56,12 @@ def build(
     eager = chosen_inner(config.inner, example_inputs) == "eager"
     if not config.regions:
         inline_regions(gm)
-    patches: dict[str, Any] = {"triton.cudagraphs": True} if config.cudagraphs else {}
-    if eager or config.explain:
+    patches: dict[str, Any] = {} if config.cudagraphs is None else {"triton.cudagraphs": config.cudagraphs}
+    if eager or config.explain or config.diff:
         patches["force_disable_caches"] = True
         keep_source_lines(gm)
+    file = None if "force_disable_caches" in patches else stored.place(gm, example_inputs, config)
+    manager.report.sites = sites.in_graph(gm)
     if needs_gradients(gm, example_inputs):
         manager.report.skipped = GRADIENTS
         warnings.warn(GRADIENTS, DSV4Warning, stacklevel=2)
@@ -65,12 +70,39 @@ def build(
     extra: dict[str, Any] = {"inner_compile": run_op_by_op} if eager else {}
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, **extra)
     manager.seen.clear()
-    HISTORY.append(manager.report)
+    report = with_memory(manager.report, file)
+    HISTORY.append(report)
     if config.explain:
-        print(manager.report, file=sys.stderr)
+        print(report, file=sys.stderr)
     if observe is not None:
-        observe(manager.report)
+        observe(report)
+    if config.strict:
+        check_sites(report, manager)
     return compiled
+
+
+def with_memory(report: "Report", file: "Path | None") -> "Report":
+    """Keep the report for warm starts; on a warm start, what was kept."""
+    from . import stored
+
+    if file is None or report.skipped:
+        return report
+    if report.graphs:
+        stored.save(report, file)
+        return report
+    return stored.load(file) or report
+
+
+def check_sites(report: "Report", manager: "PassManager") -> None:
+    """Raise SitesMissing if modules of the reference model were captured whose fusion did not match, although it and all
+    that it is built on were to run everywhere."""
+    config, names = manager.config, {r.name for r in manager.rules}
+    if report.skipped or not report.graphs or config.sites != ("*",):
+        return
+    whole = all(name in names for name in report.fusions if name.startswith("raise."))
+    missing = {f: n for f, n in report.missing.items() if f"fuse.{f}" in names}
+    if whole and missing:
+        raise SitesMissing(missing, [str(m) for m in report.misses if m.rule.split("/")[0].split(".")[-1] in missing])
 
 
 def needs_gradients(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> bool:

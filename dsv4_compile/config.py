@@ -9,26 +9,31 @@ from typing import Any
 from .errors import BadValue, UnknownName
 
 INNER = ("inductor", "eager")
+LOWER = "lower"  # the last pass: ops are claimed or written back
 MODES: dict[str, dict[str, Any]] = {
-    "decode": {"cudagraphs": True},
-    "prefill": {"cudagraphs": False},
+    "decode": {"cudagraphs": True},  # a step is many small kernels, and its sizes never change
+    "prefill": {"cudagraphs": False},  # every length would be captured anew, whatever torch's own settings ask for
     "debug": {"strict": True, "explain": True, "inner": "eager"},
 }
 
 
 @dataclass(frozen=True)
 class Config:
-    """What the user asked for. All of it enters the cache identity.
+    """What the user asked for. All of it enters the cache identity, but for `cache_dir`, which changes no graph.
 
     passes, disable: globs over pass names (raise.*, fuse.moe); those in `passes` and not in `disable` run.
     lowerings: devices whose implementations claim ops wherever they can ("cpu", "cuda"); others are inlined. "*", the
         default: those of all devices, where they are worth it.
-    strict: a rule that fails is an error. explain: print the report, past all caches.
+    strict: a rule that fails, a graph that one breaks, and a fusion that does not find all its places in the reference
+        model's modules are errors.
+    explain: print the report, past all caches. diff: globs over pass names, and "lower"; the report then shows what they
+        did, line by line, past all caches.
+    cache_dir: where reports are kept for warm starts; by default among Inductor's caches.
     verify: run each match before and after on drawn inputs, and leave out what differs.
     regions: keep bodies that layers share; False writes them out, so that rewrites are told apart layer by layer.
     sites: ids or globs of the rewrites that may be made, as `report` and `bisect` name them.
     inner: "inductor", or "eager" to run the rewritten graph op by op; None chooses.
-    cudagraphs: Inductor's CUDA graphs, set by mode="decode".
+    cudagraphs: Inductor's CUDA graphs; on in mode="decode", off in mode="prefill", else as torch is set.
     """
 
     passes: tuple[str, ...] = ("*",)
@@ -40,7 +45,9 @@ class Config:
     regions: bool = True
     sites: tuple[str, ...] = ("*",)
     inner: str | None = None
-    cudagraphs: bool = False
+    cudagraphs: bool | None = None
+    diff: tuple[str, ...] = ()
+    cache_dir: str | None = None
 
     def enabled(self, name: str) -> bool:
         """Whether the passes of this name run."""
@@ -49,6 +56,10 @@ class Config:
     def selects(self, site: str) -> bool:
         """Whether this rewrite may be made."""
         return self.sites == ("*",) or site in self.sites or _any(site, self.sites)
+
+    def compares(self, name: str) -> bool:
+        """Whether the report shows what this pass did."""
+        return _any(name, self.diff)
 
     def may_lower_to(self, device: str) -> bool:
         return _any(device, self.lowerings)
@@ -59,7 +70,7 @@ class Config:
         return self.lowerings != ("*",)
 
 
-OPTIONS = tuple(f.name for f in fields(Config) if f.name != "cudagraphs")
+OPTIONS = ("mode", *(f.name for f in fields(Config)))
 
 
 def resolve(
@@ -70,24 +81,27 @@ def resolve(
     devices: Iterable[str],
     environment: Mapping[str, str] = os.environ,
 ) -> Config:
-    """Read options, mode and DSV4_* variables. `passes` and `devices` are the names that globs may mean.
+    """Read options, mode and DSV4_* variables. The mode may be an option too, as torch.compile takes only one of the two;
+    `mode` beats DSV4_MODE, and options["mode"] both. `passes` and `devices` are the names that globs may mean.
 
     Raises UnknownName for an option, mode, pass or device that does not exist, BadValue for a value that cannot be read.
     """
-    if mode is not None and mode not in MODES:
-        raise UnknownName("mode", mode, MODES)
     given: dict[str, Any] = {}
     for name in OPTIONS:
         if (text := environment.get(f"DSV4_{name.upper()}")) is not None:
             given[name] = text
+    if mode is not None:
+        given["mode"] = mode
     for name, value in (options or {}).items():
         if name not in OPTIONS:
             raise UnknownName("option", name, OPTIONS)
         given[name] = value
-    read = dict(MODES.get(mode, {})) if mode else {}
+    read = dict(_mode(given.pop("mode", None)))
     read |= {name: _READ[name](name, value) for name, value in given.items()}
     config = Config(**read)
+    passes = list(passes)
     _check("pass", (*config.passes, *config.disable), passes)
+    _check("pass", config.diff, [*passes, LOWER])
     _check("lowering", config.lowerings, devices)
     return config
 
@@ -119,6 +133,22 @@ def _flag(name: str, value: Any) -> bool:
     return known[str(value).lower()]
 
 
+def _mode(name: Any) -> dict[str, Any]:
+    if name is None or name in MODES:
+        return MODES.get(name, {})
+    raise UnknownName("mode", str(name), MODES)
+
+
+def _folder(name: str, value: Any) -> str | None:
+    if value is None or isinstance(value, (str, os.PathLike)):
+        return os.fspath(value) if value else None
+    raise BadValue(name, value, "a folder")
+
+
+def _flag_or_none(name: str, value: Any) -> bool | None:
+    return None if value is None else _flag(name, value)
+
+
 def _inner(name: str, value: Any) -> str | None:
     if value is None or value in INNER:
         return value
@@ -135,6 +165,9 @@ _READ = {
     "regions": _flag,
     "sites": _globs,
     "inner": _inner,
+    "cudagraphs": _flag_or_none,
+    "diff": _globs,
+    "cache_dir": _folder,
 }
 
 

@@ -14,14 +14,19 @@ from .backend import backend
 from .report import Report
 
 
-def explain(model: Any, *args: Any, **kwargs: Any) -> Report:
+def explain(model: Any, *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> Report:
     """Compile and run `model(*args, **kwargs)` with inner="eager" and report on all its graphs.
 
-    `print(explain(model, ids))` shows a table. The arguments (generation state among them) are copied and the model's
-    buffers restored, so nothing of the caller's changes. Gradients are off. DSV4_* variables apply.
+    `print(explain(model, ids))` shows tables: fusions found and expected; for each kind of layer its ops, who runs them or
+    why they went back to Inductor, their operations, bytes and least time; near misses. `options`: those of the backend;
+    {"diff": "fuse.moe"} adds what that pass did to each graph. Set `report.machine` for the least times of another machine.
+
+    The arguments (generation state among them) are copied and the model's buffers restored, so nothing of the caller's
+    changes. Gradients are off. DSV4_* variables apply.
     """
-    report = Report(sites=sites.expected(model))
-    compiled = torch.compile(_fresh(model), backend=partial(backend, options={"inner": "eager"}, observe=report.merge))
+    report = Report(sites=sites.expected(model), kinds=sites.kinds(model))
+    chosen = {**(options or {}), "inner": "eager"}
+    compiled = torch.compile(_fresh(model), backend=partial(backend, options=chosen, observe=report.merge))
     with torch.no_grad(), _buffers_kept(model):
         compiled(*copy.deepcopy(args), **copy.deepcopy(kwargs))
     return report

@@ -1,7 +1,7 @@
 """What a compiled graph depends on besides the graph: our sources and the configuration."""
 
 import hashlib
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import lru_cache
 from importlib.resources import files
 
@@ -22,5 +22,5 @@ def sources() -> str:
 
 
 def identity(config: Config) -> str:
-    """Changes whenever another graph could come out; equal between processes and machines."""
-    return hashlib.sha256(f"{sources()} {astuple(config)}".encode()).hexdigest()
+    """Changes whenever another graph could come out; equal between processes and machines. Holds no path."""
+    return hashlib.sha256(f"{sources()} {astuple(replace(config, cache_dir=None))}".encode()).hexdigest()

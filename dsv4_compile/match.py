@@ -94,6 +94,7 @@ class NearMiss:
     where: str
     progress: float  # 0 to 1: how much of the pattern was found
     node: Node | None = field(default=None, compare=False, repr=False)
+    rough: bool = False  # found by passing over what differs
 
     def __str__(self) -> str:
         return f"{self.rule} from {self.anchor} at {self.where}: expected {self.expected}, found {self.found}"

@@ -2,8 +2,10 @@
 
 import time
 import warnings
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from itertools import groupby
 
 from torch import fx
 from torch._guards import tracing
@@ -11,18 +13,22 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
-from .config import Config
+from .config import LOWER, Config
 from .errors import BrokenGraph, DSV4Error, DSV4Warning, LoweringFailed, RuleFailed
 from .graph import canonicalise, contract, head, is_tensor, keeps, value, verify, where
 from .identity import identity
-from .instances import number, site_id
-from .match import Match, Rule
+from .instances import module_path, number, site_id
+from .listing import difference, lines
+from .match import Match, NearMiss, Rule
+from .near import align
 from .op import DEVICES, Op
 from .regions import scales_as_bytes
 from .report import GraphReport, Report
 from .rewrite import Refused, inline, rewrite
 from .trace import pattern_of
 from .unify import Pattern
+
+ROUGHLY = 0.55  # how much of a pattern must be there, differences passed over, for a place to be kept in mind
 
 
 class Front:
@@ -58,6 +64,18 @@ class Front:
         elif found is not None:
             report.misses.append(found)
 
+    def nearer(self, miss: NearMiss) -> NearMiss | None:
+        """A miss that the exact search left early, measured again past its first difference; None if little is there."""
+        rule = next((r for r in self.rules if r.qualified == miss.rule), None)
+        if rule is None or miss.node is None or not rule.spellings or not rule.name.startswith("fuse."):
+            return None
+        starts = [(p, start) for p in self.patterns(rule) for start in p.anchors(rule.anchor)]
+        best = max((align(p, start, miss.node) for p, start in starts), key=lambda a: a.share, default=None)
+        if best is None or best.share < ROUGHLY:
+            return None
+        told = (best.expected, best.found, best.where) if best.expected else (miss.expected, miss.found, miss.where)
+        return NearMiss(miss.rule, miss.anchor, *told, best.share, miss.node, rough=True)
+
 
 @lru_cache(maxsize=64)
 def front(rules: tuple[Rule, ...], device: str) -> Front:
@@ -88,13 +106,14 @@ class PassManager(CustomGraphPass):
         canonicalise(graph)
         number(graph)
         rules = front(self.rules, device_type(graph))
-        for rule in rules.rules:
-            for anchor in anchors(graph, rule):
-                if not anchor._erased and self.config.selects(site_id(rule.qualified, anchor)):
-                    self.guarded(rules, rule, anchor, report)
-        report.finish(graph)
-        self.lower(graph, report)
-        graph.eliminate_dead_code()
+        for name, group in groupby(rules.rules, key=lambda rule: rule.name):
+            with self.compared(graph, name):
+                for rule in group:
+                    self.apply(rules, rule, graph, report)
+        report.finish(graph, rules.nearer)
+        with self.compared(graph, LOWER):
+            self.lower(graph, report)
+            graph.eliminate_dead_code()
         scales_as_bytes(graph)
         verify(graph, "the dsv4 passes")
         if not keeps(contract(graph), promised):
@@ -102,6 +121,25 @@ class PassManager(CustomGraphPass):
         report.nodes_after = len(graph.nodes)
         report.seconds = time.perf_counter() - start
         self.record(graph, report)
+
+    def apply(self, rules: Front, rule: Rule, graph: fx.Graph, report: GraphReport) -> None:
+        """One rule at all its anchors; under strict the graph is checked after a rule that changed it."""
+        before = len(report.sites)
+        for anchor in anchors(graph, rule):
+            if not anchor._erased and self.config.selects(site_id(rule.qualified, anchor)):
+                self.guarded(rules, rule, anchor, report)
+        if self.config.strict and len(report.sites) > before:
+            verify(graph, f"rule {rule.qualified} ({rule.source})")
+
+    @contextmanager
+    def compared(self, graph: fx.Graph, name: str) -> Iterator[None]:
+        """Note what is done to the graph in between, if that was asked for."""
+        if not self.config.compares(name):
+            yield
+            return
+        before = lines(graph)
+        yield
+        self.report.diffs.append((name, difference(before, lines(graph), name)))
 
     def guarded(self, rules: Front, rule: Rule, anchor: Node, report: GraphReport) -> None:
         """One attempt; a rule that raises is an error if strict, else a warning. The graph is as it was either way."""
@@ -125,19 +163,21 @@ class PassManager(CustomGraphPass):
                 kept.add(node)
                 op = self.ops[node.target]
                 try:
-                    report.runs[op.name, self.settled(graph, node, op, pieces)] += 1
+                    self.settle(graph, node, op, pieces, report)
                 except Exception as error:
                     self.tell(LoweringFailed(op.name, where(node), error), error)
 
-    def settled(self, graph: fx.Graph, node: Node, op: Op, pieces: dict[str, fx.Graph]) -> str:
-        """Leave the op to the implementation that claims it, or inline it; says which."""
+    def settle(self, graph: fx.Graph, node: Node, op: Op, pieces: dict[str, fx.Graph], report: GraphReport) -> None:
+        """Leave the op to the implementation that claims it, or inline it; note which."""
         among = tuple(d for d in DEVICES if self.config.may_lower_to(d))
         arguments = {k: value(a) for k, a in op.arguments(*node.args, **node.kwargs).items()}
+        note = partial(report.settled, op, place=(module_path(node), where(node)), arguments=arguments)
         implementation, reasons = op.claim(arguments, among, if_worth=not self.config.forces_lowering)
         if implementation is not None:
-            return implementation.name
+            note(by=implementation.name)
+            return
         inline(graph, node, op, pieces)
-        return f"inlined: {'; '.join(reasons) or 'no implementation'}"
+        note(by=f"inlined: {'; '.join(reasons) or 'no implementation'}")
 
     def record(self, graph: fx.Graph, report: GraphReport) -> None:
         """File the report; find the region bodies that this graph calls."""
@@ -147,6 +187,7 @@ class PassManager(CustomGraphPass):
             body = getattr(getattr(graph.owning_module, node.target, None), "graph", None)
             if body in self.seen:
                 report.bodies[self.seen[body]] += len(node.users)
+                self.report.graphs[self.seen[body]].layers.extend(map(module_path, node.users))
         self.report.settle()
 
 

@@ -1,17 +1,21 @@
 """What the compiler did to each graph: where rules matched, where they nearly did, and what runs each op."""
 
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import fx
 
 from .graph import where
 from .instances import module_path
 from .match import Match, NearMiss
+from .op import Op
+from .roofline import H200, Machine
 
-NEAR = 0.5  # how much of a pattern must be found for a miss to be worth telling
-SHOWN = 12
+NEAR = 0.5  # how much of a pattern the exact search must find for a miss to be told
+CLEAR = 0.6  # the same for a rough miss, in a model of which nothing is known
+ROUGH = 3  # rough misses of one fusion that are told
 
 
 @dataclass(frozen=True)
@@ -27,31 +31,63 @@ class Site:
     layer: str = ""
     id: str = ""
     absorbs: tuple[str, ...] = ()
+    made: str = ""  # the line of the value that the op gives
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One op of the rewritten graph: who runs it, its module, the model's line, the sizes that its cost names, and that
+    cost. flops and moved (bytes read and written) are None for an op that declares none."""
+
+    op: str
+    by: str
+    layer: str
+    where: str
+    sizes: Mapping[str, float] = field(default_factory=dict)
+    flops: float | None = None
+    moved: float | None = None
 
 
 @dataclass
 class GraphReport:
-    """One captured graph: the outer one, or the body of a region that it calls `calls` times."""
+    """One captured graph: the outer one, or the body of a region that it calls `calls` times, from the modules `layers`."""
 
     sites: list[Site] = field(default_factory=list)
     misses: list[NearMiss] = field(default_factory=list)
-    runs: Counter[tuple[str, str]] = field(default_factory=Counter)  # (op, implementation or why it was inlined)
+    ran: list[Ran] = field(default_factory=list)
     nodes_before: int = 0
     nodes_after: int = 0
     seconds: float = 0.0
     calls: int = 1
     bodies: Counter[int] = field(default_factory=Counter)  # index of a body -> calls of it from this graph
+    layers: list[str] = field(default_factory=list)
+
+    @property
+    def runs(self) -> Counter[tuple[str, str]]:
+        """(op, implementation or why it was inlined) -> calls."""
+        return Counter((r.op, r.by) for r in self.ran)
 
     def matched(self, match: Match) -> None:
         rule = match.rule
         site = Site(rule.qualified, rule.name, rule.op.name, where(match.anchor), module_path(match.anchor))
-        self.sites.append(replace(site, id=match.site, absorbs=match.absorbs))
+        self.sites.append(replace(site, id=match.site, absorbs=match.absorbs, made=where(match.outputs[0])))
 
-    def finish(self, graph: fx.Graph) -> None:
-        """Keep the near misses that stayed misses: whose anchor was not taken by another rule after all."""
+    def settled(self, op: Op, by: str, place: tuple[str, str], arguments: dict[str, Any]) -> None:
+        """Note who runs a call of `op` at (module, model line)."""
+        sizes = op.bound_sizes(arguments)
+        if sizes is None or op.cost_of is None:
+            self.ran.append(Ran(op.name, by, *place))
+        else:
+            cost = op.cost_of(**sizes)
+            self.ran.append(Ran(op.name, by, *place, sizes, float(cost.flops), float(cost.read + cost.write)))
+
+    def finish(self, graph: fx.Graph, nearer: Callable[[NearMiss], NearMiss | None]) -> None:
+        """Keep the near misses that stayed misses: whose anchor was not taken by another rule after all. Those that the
+        exact search left early are asked for again, by `nearer`."""
         alive = set(graph.nodes)
-        kept = [m for m in self.misses if m.progress >= NEAR and m.node in alive]
-        self.misses = [replace(m, node=None) for m in kept]  # a report must not keep the graph
+        left = [m for m in self.misses if m.node in alive]
+        found = [m if m.progress >= NEAR else nearer(m) for m in left]
+        self.misses = [replace(m, node=None) for m in found if m is not None]  # a report must not keep the graph
         self.nodes_after = len(alive)
 
 
@@ -60,14 +96,19 @@ class Report:
     """What happened in one compile. `counts` and `sites` speak of fusions by their short names: attention moe router
     compressor mhc.
 
-    counts: matches, each body's as often as the body is called. sites: how many the model has (`explain` only; empty
-    for a model that is not known). misses: places where a rule nearly matched.
+    counts: matches, each body's as often as the body is called. sites: how many the model has, told by its configuration
+    or its modules; empty for a model that is not known. misses: places where a rule nearly matched. diffs: what a pass did
+    to each graph, for the passes named in the option `diff`. machine: whose ceilings the least times are of.
     """
 
     graphs: list[GraphReport] = field(default_factory=list)
     sites: Mapping[str, int] = field(default_factory=dict)
     fusions: tuple[str, ...] = ()
     skipped: str = ""  # why there were no rewrites at all
+    stored: bool = False  # read from a file that an earlier compile wrote
+    kinds: Mapping[str, str] = field(default_factory=dict)  # layer -> its kind
+    diffs: list[tuple[str, str]] = field(default_factory=list)  # (pass, text)
+    machine: Machine = H200
 
     @property
     def counts(self) -> Counter[str]:
@@ -85,7 +126,24 @@ class Report:
 
     @property
     def misses(self) -> list[NearMiss]:
-        return list(dict.fromkeys(m for g in self.graphs for m in g.misses))
+        """Near misses, the nearest first. In a model whose places are known, only those of fusions that lack some, and of
+        idioms if any fusion does; elsewhere a rough miss must have most of its pattern."""
+        told: dict[str, list[NearMiss]] = {}
+        lacking = self.missing
+        for miss in sorted(dict.fromkeys(m for g in self.graphs for m in g.misses), key=lambda m: -m.progress):
+            fusion = miss.rule.split("/")[0].removeprefix("fuse.")
+            wanted = miss.progress >= CLEAR or not miss.rough
+            if self.sites:
+                wanted = fusion in lacking or (bool(lacking) and fusion not in self.sites)
+            of_fusion = told.setdefault(fusion, [])
+            if wanted and (not miss.rough or sum(m.rough for m in of_fusion) < ROUGH):
+                of_fusion.append(miss)
+        return [m for first in (True, False) for f, ms in told.items() if (f in lacking) is first for m in ms]
+
+    @property
+    def missing(self) -> dict[str, tuple[int, int]]:
+        """Fusions found less often than the model has places for them: (found, expected)."""
+        return {f: (self.counts[f], n) for f, n in self.sites.items() if self.counts[f] < n}
 
     @property
     def runs(self) -> Counter[tuple[str, str]]:
@@ -116,40 +174,14 @@ class Report:
         for graph in other.graphs:
             graph.bodies = Counter({i + shift: n for i, n in graph.bodies.items()})
         self.graphs.extend(other.graphs)
+        self.diffs.extend(other.diffs)
         self.fusions = self.fusions or other.fusions
         self.skipped = self.skipped or other.skipped
 
     def __str__(self) -> str:
-        if self.skipped:
-            return f"dsv4: no rewrites: {self.skipped}"
-        if not self.graphs:
-            return "dsv4: graph loaded from cache, passes not run; DSV4_EXPLAIN=1 bypasses the cache"
-        return "\n".join(self._lines())
+        from .table import text
 
-    def _lines(self) -> list[str]:
-        nodes = f"{sum(g.nodes_before for g in self.graphs)} -> {sum(g.nodes_after for g in self.graphs)} nodes"
-        lines = [f"dsv4: {len(self.graphs)} graphs, {nodes}, {self.seconds:.2f} s", ""]
-        lines += _table(["fusion", "found", "in the model"], self._rows())
-        lines += [
-            "",
-            *_table(["op", "calls", "run by"], [[o, str(c), how] for (o, how), c in sorted(self.runs.items())]),
-        ]
-        places = Counter((s.rule, s.where) for g in self.graphs for s in g.sites for _ in range(g.calls))
-        lines += ["", *_table(["rule", "times", "at"], [[r, str(c), w] for (r, w), c in sorted(places.items())])]
-        if self.misses:
-            lines += ["", f"near misses ({min(SHOWN, len(self.misses))} of {len(self.misses)})"]
-            lines += [f"  {m}" for m in sorted(self.misses, key=lambda m: -m.progress)[:SHOWN]]
-        return lines
-
-    def _rows(self) -> list[list[str]]:
-        expected = {f"fuse.{name}": str(n) for name, n in self.sites.items()}
-        names = sorted({*self.rules, *expected})
-        return [[name, str(self.rules[name]), expected.get(name, "")] for name in names]
-
-
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
+        return text(self)
 
 
 HISTORY: deque[Report] = deque(maxlen=64)

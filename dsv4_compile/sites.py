@@ -1,6 +1,10 @@
-"""How many places of a model each fusion must find, from its configuration alone: the matcher is checked against it."""
+"""How many places of a model each fusion must find: from its configuration, or from the modules that a captured graph went
+through. The matcher is checked against it."""
 
+from collections import Counter
 from typing import Any
+
+import torch
 
 CSA, HCA = "compressed_sparse_attention", "heavily_compressed_attention"
 
@@ -23,3 +27,42 @@ def expected(model: Any) -> dict[str, int]:
         "compressor": 2 * list(kinds).count(CSA) + list(kinds).count(HCA),
         "mhc": 2 * 2 * layers + 1,
     }
+
+
+def kinds(model: Any) -> dict[str, str]:
+    """Each layer's kind by the layer's path; empty for a model that is not DeepSeek-V4."""
+    config = getattr(model, "config", None)
+    attention, experts = (getattr(config, name, None) or () for name in ("layer_types", "mlp_layer_types"))
+    return {f"layers.{i}": f"{a}, {e}" for i, (a, e) in enumerate(zip(attention, experts, strict=False))}
+
+
+# Modules of the reference model -> places in each. Classes derived from them may compute something else: not counted.
+_HOME = "dsv4_compile.reference_model.model"
+HOLDS: dict[str, dict[str, int]] = {
+    f"{_HOME}.Attention": {"attention": 1},
+    f"{_HOME}.Experts": {"moe": 1},
+    f"{_HOME}.Router": {"router": 1},
+    f"{_HOME}.Compressor": {"compressor": 1},
+    f"{_HOME}.HyperConnection": {"mhc": 2},
+    f"{_HOME}.HyperHead": {"mhc": 1},
+}
+ONLY_IF = {f"{_HOME}.Router": "gather"}  # uniform gates are looked up nowhere
+
+
+def in_graph(gm: torch.fx.GraphModule) -> dict[str, int]:
+    """Places in a graph of Dynamo's, by the known modules that its nodes come from; a body's as often as it is called.
+    Each instance counts once, however often the graph goes through it."""
+    found: Counter[str] = Counter()
+    calls: dict[tuple[str, str], set[str]] = {}  # (class, path) -> what it calls
+    for node in gm.graph.nodes:
+        if node.target is torch.ops.higher_order.invoke_subgraph:
+            found.update(in_graph(getattr(gm, node.args[0].target)))
+            continue
+        for path, kind in (node.meta.get("nn_module_stack") or {}).values():
+            name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+            if name in HOLDS:
+                calls.setdefault((name, path), set()).add(getattr(node.target, "__name__", str(node.target)))
+    for (name, _), called in calls.items():
+        if name not in ONLY_IF or ONLY_IF[name] in called:
+            found.update(HOLDS[name])
+    return dict(found)

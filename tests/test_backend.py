@@ -136,7 +136,10 @@ def test_inductor_and_its_caches_follow_the_configuration():
 
     with fresh_cache():
         assert go() == (1, 0, 1)
-        assert go() == (0, 1, 0) and "loaded from cache" in str(reports()[-1])
+        first = reports()[-1]
+        assert go() == (0, 1, 1) and "loaded from cache" in str(reports()[-1])
+        assert reports()[-1].stored and not first.stored
+        assert reports()[-1].rules == first.rules and reports()[-1].runs == first.runs
         assert go(disable="raise.softmax") == (1, 0, 1)
         assert go(disable="raise.softmax", explain=True)[2] == 1  # explain goes past the caches
 

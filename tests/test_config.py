@@ -45,6 +45,10 @@ def test_every_option_has_a_variable_and_the_option_wins():
         "regions": "0",
         "sites": "fuse.moe*",
         "inner": "eager",
+        "mode": "decode",
+        "cudagraphs": "1",
+        "diff": "fuse.moe,lower",
+        "cache_dir": "reports",
     }
     assert set(values) == set(OPTIONS)
     for name, value in values.items():
@@ -54,7 +58,10 @@ def test_every_option_has_a_variable_and_the_option_wins():
 
 def test_modes_are_presets_that_options_overrule():
     assert read(mode="debug") == Config(strict=True, explain=True, inner="eager")
-    assert read(mode="decode").cudagraphs and not read(mode="prefill").cudagraphs
+    assert [read(mode=m).cudagraphs for m in ("decode", "prefill", None)] == [True, False, None]
+    assert read({"mode": "decode", "cudagraphs": 0}).cudagraphs is False
+    assert read({"mode": "decode"}) == read(mode="decode") == read(DSV4_MODE="decode")
+    assert read({"mode": "decode"}, DSV4_MODE="debug") == read(mode="decode", DSV4_MODE="debug") == read(mode="decode")
     assert not read({"strict": False}, mode="debug").strict
     assert not read(mode="debug", DSV4_STRICT="0").strict
 
@@ -62,12 +69,14 @@ def test_modes_are_presets_that_options_overrule():
 @pytest.mark.parametrize(
     ("options", "mode", "message"),
     [
-        ({"disabel": "x"}, None, r"unknown option 'disabel'; did you mean 'disable'\? Known: disable, explain"),
+        ({"disabel": "x"}, None, r"unknown option 'disabel'; did you mean 'disable'\? Known: .*disable, explain"),
         ({"disable": "fuse.atention"}, None, r"unknown pass 'fuse.atention'; did you mean 'fuse.attention'\?"),
         ({"passes": ["fuse.x*"]}, None, r"unknown pass 'fuse.x\*'; did you mean"),
         ({"lowerings": "gpu"}, None, r"unknown lowering 'gpu'; did you mean .*Known: cpu, cuda"),
         ({"inner": "indctor"}, None, r"unknown inner 'indctor'; did you mean 'inductor'\?"),
         ({}, "decod", r"unknown mode 'decod'; did you mean 'decode'\?"),
+        ({"mode": "decod"}, None, r"unknown mode 'decod'; did you mean 'decode'\?"),
+        ({"diff": "lowr"}, None, r"unknown pass 'lowr'; did you mean 'lower'\?"),
     ],
 )
 def test_unknown_names_get_the_nearest(options, mode, message):
@@ -75,7 +84,10 @@ def test_unknown_names_get_the_nearest(options, mode, message):
         read(options, mode)
 
 
-@pytest.mark.parametrize("options", [{"strict": "maybe"}, {"explain": 2}, {"disable": 3}, {"passes": [1]}])
+@pytest.mark.parametrize(
+    "options",
+    [{"strict": "maybe"}, {"explain": 2}, {"disable": 3}, {"passes": [1]}, {"cudagraphs": 2}, {"cache_dir": 1}],
+)
 def test_unreadable_values(options):
     with pytest.raises(BadValue, match=f"option {next(iter(options))}=.*expected"):
         read(options)
@@ -84,7 +96,7 @@ def test_unreadable_values(options):
 def test_the_identity_follows_every_field():
     given = {
         "passes": "raise.*", "disable": "fuse.moe", "lowerings": "cpu", "strict": 1, "explain": 1, "inner": "eager",
-        "verify": 1, "regions": 0, "sites": "*@layers.1*",
+        "verify": 1, "regions": 0, "sites": "*@layers.1*", "mode": "prefill", "diff": "lower",
     }  # fmt: skip
     identities = [
         identity(Config()),
@@ -92,4 +104,4 @@ def test_the_identity_follows_every_field():
         *(identity(read({k: v})) for k, v in given.items()),
     ]
     assert len(set(identities)) == len(identities)
-    assert identity(Config()) == identity(read())
+    assert identity(Config()) == identity(read()) == identity(read({"cache_dir": "elsewhere"}))  # no path

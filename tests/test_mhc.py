@@ -286,7 +286,7 @@ def test_what_is_not_the_collapse_stays_and_says_why(rewritten):
     result, report = rewritten(all_of_them, *args)
     assert report.counts["mhc"] == 0 and report.rules["raise.sinkhorn"] == len(WRONG_PRE)
     torch.testing.assert_close(result, all_of_them(*args))
-    said = {m.expected for m in report.misses if m.rule == "fuse.mhc/pre_of_normed"}
+    said = {m.expected for m in report.misses if m.rule == "fuse.mhc/pre_of_normed" and not m.rough}
     assert said == {reason for _, reason in WRONG_PRE.values() if reason}
 
 

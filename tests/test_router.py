@@ -201,7 +201,7 @@ def test_other_spellings_raise(rewritten, lowerings):
 def test_other_scores_are_no_sites(rewritten, scoring):
     model = Routed("moe", torch.float32, scoring_func=scoring)
     args = torch.randn(4, model.config.hidden_size), torch.zeros(4, dtype=torch.int64)
-    result, report = rewritten(model, *args)
+    result, report = rewritten(model, *args, strict=False)
     assert report.counts["router"] == 0
     torch.testing.assert_close(result, model(*args))
 
@@ -249,7 +249,7 @@ def test_what_is_not_the_router_stays_and_says_why(rewritten):
     result, report = rewritten(all_of_them, *args)
     assert report.counts["router"] == 0
     torch.testing.assert_close(result, all_of_them(*args))
-    said = {m.expected for m in report.misses if m.rule == "fuse.router/learned"}
+    said = {m.expected for m in report.misses if m.rule == "fuse.router/learned" and not m.rough}
     assert said == {reason for _, reason in WRONG.values()}
 
 
