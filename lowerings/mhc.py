@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from dsv4_compile.lowerings.sinkhorn import balanced, sinkhorn
 from dsv4_compile.op import Cost, Tensor, acc, at_least, op
 
+DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # of the kernels
+
 
 def mixture(X: Tensor, fn: Tensor, rms_eps: float) -> Tensor:
     """The flat streams of X [..., n, D] times fn [m, nD], over their root mean square: [..., m].
@@ -67,6 +69,47 @@ def _(X, fn, base, scale, iters, eps, rms_eps):
     return _collapse(gates[..., :n].add_(eps), streams).to(X.dtype), gates[..., n:] * 2, comb
 
 
+def fits_the_kernel(a) -> bool | str:
+    """What kernels/mhc.py is written for."""
+    exact = [x for x in (getattr(a, name, None) for name in ("fn", "base", "scale", "post", "comb")) if x is not None]
+    n, D = a.X.shape[-2:]
+    if a.X.dtype not in DTYPES or any(x.dtype != torch.float32 for x in exact):
+        return "streams must be bfloat16 or float32, coefficients float32"
+    if not isinstance(n, int) or not isinstance(D, int) or D % 4 or n * n > 32:
+        return f"{n} streams of {D}: a warp holds at most 32 coefficients, and loads are 4 numbers wide"
+    return getattr(a, "iters", 1) > 0 or "no Sinkhorn iteration"
+
+
+def streams_of(X: Tensor, iters: int):
+    """X [..., n, D] as [N, n D], and the shape that a kernel is made for."""
+    from dsv4_compile.kernels.mhc import Shape
+
+    n, D = X.shape[-2:]
+    return X.reshape(-1, n * D).contiguous(), Shape(n, D, DTYPES[X.dtype], iters)
+
+
+def collapsed_by_kernel(X, fn, base, scale, iters, eps, rms_eps, post, comb):
+    """x of `mhc_pre` or, with iters 0, of `mhc_head`; post and comb [N, ...] are filled."""
+    from dsv4_compile.kernels.mhc import launch_pre, workspace
+
+    flat, shape = streams_of(X, iters)
+    x = X.new_empty(len(flat), shape.D)
+    if len(flat):
+        partial = torch.empty(len(flat), *workspace(shape), dtype=torch.float32, device=X.device)
+        exact = (t.contiguous() for t in (fn, base, scale))
+        launch_pre(shape, flat, *exact, eps, rms_eps, partial, x, post, comb)
+    return x.view(*X.shape[:-2], shape.D)
+
+
+@mhc_pre.on("cuda", arch="sm_90+", when=fits_the_kernel)
+def _(X, fn, base, scale, iters, eps, rms_eps):
+    lead, n = X.shape[:-2], X.shape[-2]
+    post = torch.empty(*lead, n, dtype=torch.float32, device=X.device)
+    comb = torch.empty(*lead, n, n, dtype=torch.float32, device=X.device)
+    x = collapsed_by_kernel(X, fn, base, scale, iters, eps, rms_eps, post.view(-1, n), comb.view(-1, n, n))
+    return x, post, comb
+
+
 @op("dsv4::mhc_post")
 def mhc_post(X: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """X'[k] = post[k] y + sum_j comb[j, k] X[j]; the sum runs over the first index of comb.
@@ -95,6 +138,23 @@ def _(X, y, post, comb):
     return mixed.view(X.shape).to(X.dtype)
 
 
+def fits_post(a) -> bool | str:
+    return fits_the_kernel(a) if a.y.dtype == a.X.dtype else "y and the streams differ in dtype"
+
+
+@mhc_post.on("cuda", arch="sm_90+", when=fits_post)
+def _(X, y, post, comb):
+    from dsv4_compile.kernels.mhc import launch_post
+
+    n, D = X.shape[-2:]
+    flat, shape = streams_of(X, 1)
+    out = torch.empty_like(flat)
+    if len(flat):
+        rows = (t.contiguous() for t in (y.reshape(-1, D), post.reshape(-1, n), comb.reshape(-1, n, n)))
+        launch_post(shape, flat, *rows, out)
+    return out.view(X.shape)
+
+
 @op("dsv4::mhc_head")
 def mhc_head(X: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, rms_eps: float) -> Tensor:
     """The last collapse: streams -> one hidden state.
@@ -121,6 +181,11 @@ def _(X, fn, base, scale, eps, rms_eps):
     streams = acc(X)
     pre = _scaled_mixture(streams, fn, base, acc(scale), rms_eps).sigmoid_().add_(eps)
     return _collapse(pre, streams).to(X.dtype)
+
+
+@mhc_head.on("cuda", arch="sm_90+", when=fits_the_kernel)
+def _(X, fn, base, scale, eps, rms_eps):
+    return collapsed_by_kernel(X, fn, base, scale, 0, eps, rms_eps, None, None)
 
 
 # On the CPU: few calls, and no pass over the streams that stores anything of their size

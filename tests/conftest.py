@@ -58,3 +58,45 @@ def rewritten_by():
         return compiled(*args), manager.report
 
     return run
+
+
+@pytest.fixture
+def kernel_parity(poisoned):
+    """kernel_parity(op, *args, rtol, atol): the op's kernel, on a GPU, against its meaning in fp64 on the CPU: three launches
+    in a row, then captured, with other inputs at replay. Integers must be equal."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+    def several(result):
+        return result if isinstance(result, tuple) else (result,)
+
+    def moved(args, device, wide=False):
+        return [
+            (a.double() if wide and a.is_floating_point() else a).to(device, copy=True) if torch.is_tensor(a) else a
+            for a in args
+        ]
+
+    def check(op, *args, rtol, atol, others=None):
+        def compare(got, args):
+            for g, w in zip(several(got), several(op.meaning(*moved(args, "cpu", wide=True))), strict=True):
+                assert g.shape == w.shape and g.is_contiguous()
+                if g.is_floating_point():
+                    torch.testing.assert_close(g.cpu().double(), w.double(), rtol=rtol, atol=atol)
+                else:
+                    assert torch.equal(g.cpu(), w)
+
+        here = moved(args, "cuda")
+        implementation, reasons = op.claim(op.arguments(*here))
+        assert implementation is not None and implementation.device == "cuda", reasons
+        for _ in range(3):
+            compare(op(*here), args)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = op(*here)
+        for static, other in zip(here, args if others is None else others, strict=True):
+            if torch.is_tensor(static):
+                static.copy_(other)
+        graph.replay()
+        compare(got, args if others is None else others)
+
+    return check

@@ -314,3 +314,22 @@ def test_what_is_not_the_mixture_stays(rewritten, D):
     result, report = rewritten(all_of_them, *args)
     assert report.counts["mhc"] == 0
     torch.testing.assert_close(result, all_of_them(*args))
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("n", "D"), [(4, 192), (4, 4096), (4, 7168), (3, 40), (2, 4), (5, 1028)])
+@pytest.mark.parametrize("lead", [(0, 3), (1, 1), (3,), (2, 33)], ids=str)
+def test_the_kernels_are_the_meaning(lead, n, D, dtype, kernel_parity):
+    tolerance = dict(rtol=1e-2, atol=2e-2) if dtype == torch.bfloat16 else dict(rtol=1e-4, atol=1e-4)
+    drawn = (cases(torch.Size(lead).numel(), n, D, dtype, seed) for seed in (0, 1))
+    for (op, args, _), (_, others, _) in zip(*drawn, strict=True):
+        rows = [name in ("X", "y", "post", "comb") for name in op.arguments(*args)]
+        args, others = (
+            [a.view(*lead, *a.shape[1:]) if of_rows else a for a, of_rows in zip(given, rows, strict=True)]
+            for given in (args, others)
+        )
+        kernel_parity(op, *args, others=others, **tolerance)
