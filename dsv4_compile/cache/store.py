@@ -40,10 +40,11 @@ class Entry:
 
 def default_folder() -> Path:
     """DSV4_CACHE_DIR, else the user's cache folder."""
+    if asked := os.environ.get("DSV4_CACHE_DIR"):
+        return Path(asked)
     from platformdirs import user_cache_path
 
-    asked = os.environ.get("DSV4_CACHE_DIR")
-    return Path(asked) if asked else user_cache_path("dsv4_compile")
+    return user_cache_path("dsv4_compile")
 
 
 class Store:
