@@ -96,13 +96,11 @@ def with_memory(report: "Report", file: "Path | None") -> "Report":
 def check_sites(report: "Report", manager: "PassManager") -> None:
     """Raise SitesMissing if modules of the reference model were captured whose fusion did not match, although it and all
     that it is built on were to run everywhere."""
-    config, names = manager.config, {r.name for r in manager.rules}
-    if report.skipped or not report.graphs or config.sites != ("*",):
+    if report.skipped or not report.graphs or manager.config.sites != ("*",):
         return
-    whole = all(name in names for name in report.fusions if name.startswith("raise."))
-    missing = {f: n for f, n in report.missing.items() if f"fuse.{f}" in names}
-    if whole and missing:
-        raise SitesMissing(missing, [str(m) for m in report.misses if m.rule.split("/")[0].split(".")[-1] in missing])
+    whole = not any(name.startswith("raise.") for name in report.off)
+    if whole and report.missing:
+        raise SitesMissing(report.missing, [str(m) for m in report.misses if m.rule.startswith("fuse.")])
 
 
 def needs_gradients(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> bool:

@@ -1,16 +1,19 @@
 """The command line. `dsv4 run` is the main job; bad input ends with one line on stderr and exit code 2."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .cache.command import app as cache_app
+from .explain_command import explain
 
 Option = typer.Option
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(cache_app, name="cache")
+app.command()(explain)
 
 
 @app.callback()
@@ -30,9 +33,14 @@ def run(
     seed: Annotated[int, Option(help="Seed of the sampling.")] = 0,
     device: Annotated[str | None, Option(help="cpu, cuda or cuda:N; CUDA where there is one.")] = None,
     dtype: Annotated[str | None, Option(help="Compute dtype; float32 on CPU, as stored on CUDA.")] = None,
+    passes: Annotated[str | None, Option(metavar="GLOBS", help="Passes to run; all if left out.")] = None,
     disable: Annotated[
         str | None, Option(metavar="GLOBS", help="Passes to leave out, such as 'fuse.moe,raise.*'.")
     ] = None,
+    lowerings: Annotated[str | None, Option(metavar="GLOBS", help="Devices whose implementations run ops.")] = None,
+    mode: Annotated[str | None, Option(help="Preset: decode, prefill or debug.")] = None,
+    strict: Annotated[bool, Option("--strict", help="Fail if a fusion does not find all its places.")] = False,
+    cache_dir: Annotated[str | None, Option(metavar="DIR", help="Where reports are kept for warm starts.")] = None,
     inner: Annotated[
         str | None, Option(help="inductor, or eager to run the rewritten graph op by op without generated code.")
     ] = None,
@@ -40,17 +48,17 @@ def run(
     report: Annotated[Path | None, Option(metavar="FILE", help="Write the result as JSON.")] = None,
 ) -> None:
     """Generate text with a compiled model, then compare it with eager: sites, compile time, speed, accuracy."""
-    from .inputs import InputError
+    from .inputs import InputError, check_writable
     from .run import Ask
     from .run import run as do
     from .screen import Screen
 
     screen = Screen()
     try:
-        check_writable(report)
-        result = do(
-            Ask(model, prompt, max_new_tokens, temperature, seed, device, dtype, disable, inner, compare), screen
-        )
+        check_writable(report, "--report")
+        job = Ask(model, prompt, max_new_tokens, temperature, seed, device, dtype, compare=compare)
+        job = replace(job, passes=passes, disable=disable, lowerings=lowerings, mode=mode, strict=strict or None)
+        result = do(replace(job, cache_dir=cache_dir, inner=inner), screen)
     except InputError as error:
         typer.secho(f"error: {error}", err=True, fg="red")
         raise typer.Exit(2) from None
@@ -58,14 +66,6 @@ def run(
     if report is not None:
         report.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         screen.note(f"report written to {report}")
-
-
-def check_writable(report: Path | None) -> None:
-    """Refuse a report file that cannot be written before the work, not after it."""
-    from .inputs import InputError
-
-    if report is not None and (report.is_dir() or not report.absolute().parent.is_dir()):
-        raise InputError(f"--report {report}: expected a file in a folder that exists")
 
 
 def main() -> None:

@@ -58,14 +58,13 @@ def read_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
     return torch.float32 if device.type == "cpu" else None
 
 
-def backend_options(disable: str | None, inner: str | None, device: torch.device) -> tuple[dict[str, Any], Config]:
-    """Options for `torch.compile(backend="dsv4")`, all of them checked now instead of inside Dynamo, and what they mean
-    together with DSV4_* variables."""
+def backend_options(given: dict[str, Any], device: torch.device) -> tuple[dict[str, Any], Config]:
+    """What was given (None: left out) as options for `torch.compile(backend="dsv4")`, all of them checked now instead of
+    inside Dynamo, and what they mean together with DSV4_* variables."""
     from . import backend, config
     from .op import DEVICES
     from .patterns import RULES
 
-    given = {"disable": disable, "inner": inner}
     options = {name: value for name, value in given.items() if value is not None}
     with as_input_error(DSV4Error):
         resolved = config.resolve(options, passes={rule.name for rule in RULES}, devices=DEVICES)
@@ -82,6 +81,12 @@ def load_model(
     path = nano.CHECKPOINT if path is None else path
     with as_input_error(ValueError, TypeError, OSError):
         return load(path, device, dtype, progress=progress), path.parent if path.is_file() else path
+
+
+def check_writable(file: Path | None, option: str) -> None:
+    """Refuse a file that cannot be written before the work, not after it."""
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise InputError(f"{option} {file}: expected a file in a folder that exists")
 
 
 def check_fits(prompt: int, new: int, context: int) -> None:

@@ -93,7 +93,8 @@ class PassManager(CustomGraphPass):
         self.config = config
         self.rules = tuple(r for r in rules if config.enabled(r.name))
         self.ops = {op.target: op for op in ops}
-        self.report = Report(fusions=tuple(dict.fromkeys(r.name for r in rules)))
+        names = tuple(dict.fromkeys(r.name for r in rules))
+        self.report = Report(fusions=names, off=tuple(n for n in names if not config.enabled(n)))
         self.seen: dict[fx.Graph, int] = {}  # graphs of this compile, by their place in the report
 
     def uuid(self) -> str:

@@ -104,6 +104,7 @@ class Report:
     graphs: list[GraphReport] = field(default_factory=list)
     sites: Mapping[str, int] = field(default_factory=dict)
     fusions: tuple[str, ...] = ()
+    off: tuple[str, ...] = ()  # passes that were not to run
     skipped: str = ""  # why there were no rewrites at all
     stored: bool = False  # read from a file that an earlier compile wrote
     kinds: Mapping[str, str] = field(default_factory=dict)  # layer -> its kind
@@ -142,8 +143,9 @@ class Report:
 
     @property
     def missing(self) -> dict[str, tuple[int, int]]:
-        """Fusions found less often than the model has places for them: (found, expected)."""
-        return {f: (self.counts[f], n) for f, n in self.sites.items() if self.counts[f] < n}
+        """Fusions that ran and found less than the model has places for them: (found, expected)."""
+        ran = {f: n for f, n in self.sites.items() if f"fuse.{f}" not in self.off}
+        return {f: (self.counts[f], n) for f, n in ran.items() if self.counts[f] < n}
 
     @property
     def runs(self) -> Counter[tuple[str, str]]:
@@ -176,6 +178,7 @@ class Report:
         self.graphs.extend(other.graphs)
         self.diffs.extend(other.diffs)
         self.fusions = self.fusions or other.fusions
+        self.off = self.off or other.off
         self.skipped = self.skipped or other.skipped
 
     def __str__(self) -> str:

@@ -25,6 +25,9 @@ TEXT_BYTES = 8192  # held-out text that accuracy is measured on
 TIMED_STEPS = 32
 FEW = 64  # tokens of a prompt that decode may read one by one
 
+# Fields of `Ask` that are options of the backend.
+BACKEND = ("passes", "disable", "lowerings", "mode", "strict", "cache_dir", "inner")
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -37,7 +40,12 @@ class Ask:
     seed: int = 0
     device: str | None = None
     dtype: str | None = None
+    passes: str | None = None
     disable: str | None = None
+    lowerings: str | None = None
+    mode: str | None = None
+    strict: bool | None = None
+    cache_dir: str | None = None
     inner: str | None = None
     compare: str | None = None
 
@@ -47,7 +55,7 @@ def run(ask: Ask, screen: Screen) -> dict[str, Any]:
     start = perf_counter()
     device = inputs.read_device(ask.device)
     dtype = inputs.read_dtype(ask.dtype, device)
-    options, config = inputs.backend_options(ask.disable, ask.inner, device)
+    options, config = inputs.backend_options({name: getattr(ask, name) for name in BACKEND}, device)
     if ask.compare not in (None, "inductor"):
         raise inputs.InputError(f"--compare {ask.compare}: expected inductor")
     if ask.temperature < 0:

@@ -71,6 +71,7 @@ def encoded(report: Report) -> dict[str, Any]:
         "graphs": [{f.name: _plain(getattr(graph, f.name)) for f in fields(GraphReport)} for graph in report.graphs],
         "sites": dict(report.sites),
         "fusions": list(report.fusions),
+        "off": list(report.off),
     }
 
 
@@ -86,7 +87,8 @@ def decoded(content: dict[str, Any]) -> Report:
         if not all(0 <= i < len(content["graphs"]) for i in graph.bodies):
             raise ValueError("a body that is not there")
         graphs.append(graph)
-    return Report(graphs=graphs, sites=dict(content["sites"]), fusions=tuple(content["fusions"]))
+    fusions, off = (tuple(content[key]) for key in ("fusions", "off"))
+    return Report(graphs=graphs, sites=dict(content["sites"]), fusions=fusions, off=off)
 
 
 def _plain(x: Any) -> Any:

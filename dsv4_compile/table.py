@@ -87,7 +87,7 @@ def _lines(report: Report) -> list[str]:
         total = sum(k.seconds * len(k.layers) for k in found)
         lines += [
             "",
-            f"least time of all ops on {report.machine.name}: {total * 1e6:.1f} us (roofline; activations as bf16)",
+            f"least time of these ops on {report.machine.name}: {total * 1e6:.1f} us (roofline; activations as bf16)",
         ]
     misses = report.misses
     if misses:
