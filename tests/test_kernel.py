@@ -11,7 +11,7 @@ if find_spec("cutlass") is None:
 from dsv4_compile import kernel as base
 from dsv4_compile.cache.store import Store
 from dsv4_compile.errors import DSV4Warning, JitAfterWarmUp
-from dsv4_compile.kernels import router
+from dsv4_compile.kernels import mhc, norm, router
 
 SHAPE = router.Shape(24, 4)
 
@@ -56,10 +56,23 @@ def test_wrong_tensors_are_refused_before_anything_runs(store):
         router.KERNEL.launcher(SHAPE)(torch.zeros(3, 24).double(), torch.zeros(24), expert, gate, 1.0, 0.0)
 
 
-@pytest.mark.parametrize("shape", [SHAPE, router.Shape(7, 7), router.Shape(256, 6)], ids=str)
-def test_the_router_compiles_without_a_gpu_and_does_not_spill(shape):
-    default, *others = router.configs(shape)
-    builds = [(default, "sm_90a"), (default, "sm_100a"), (others[0], "sm_90a")]
-    for config, target in builds:
-        _, facts = router.KERNEL.build(shape, config, target)
-        assert facts["kernels"] and all(k["stack"] == 0 for k in facts["kernels"].values()), facts
+NANO_AND_FLASH = [
+    (router.KERNEL, SHAPE),
+    (router.KERNEL, router.Shape(256, 6)),
+    (mhc.PRE, mhc.Shape(4, 192, "fp32", 20)),
+    (mhc.PRE, mhc.Shape(4, 4096, "bf16", 20)),
+    (mhc.PRE, mhc.Shape(4, 4096, "bf16", 0)),
+    (mhc.POST, mhc.Shape(4, 4096, "bf16", 20)),
+    (norm.KERNEL, norm.Shape(192, "fp32", True)),
+    (norm.KERNEL, norm.Shape(4096, "bf16", True)),
+    (norm.KERNEL, norm.Shape(512, "bf16", False)),
+]
+
+
+@pytest.mark.parametrize("target", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize(
+    ("kernel", "shape"), NANO_AND_FLASH, ids=lambda x: x.name if isinstance(x, base.Kernel) else ""
+)
+def test_it_compiles_without_a_gpu_and_does_not_spill(kernel, shape, target):
+    _, facts = kernel.build(shape, next(kernel.configs(shape)), target)
+    assert facts["kernels"] and all(k["stack"] == 0 for k in facts["kernels"].values()), facts
