@@ -4,6 +4,7 @@ import fnmatch
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 from .errors import BadValue, UnknownName
@@ -55,7 +56,8 @@ class Config:
 
     def selects(self, site: str) -> bool:
         """Whether this rewrite may be made."""
-        return self.sites == ("*",) or site in self.sites or _any(site, self.sites)
+        exact, globs = _parted(self.sites)
+        return site in exact or _any(site, globs)
 
     def compares(self, name: str) -> bool:
         """Whether the report shows what this pass did."""
@@ -169,6 +171,13 @@ _READ = {
     "diff": _globs,
     "cache_dir": _folder,
 }
+
+
+@lru_cache(maxsize=64)
+def _parted(names: tuple[str, ...]) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Names that stand for themselves, and globs."""
+    globs = tuple(n for n in names if set(n) & set("*?["))
+    return frozenset(names) - set(globs), globs
 
 
 def _any(name: str, globs: Iterable[str]) -> bool:

@@ -65,6 +65,16 @@ class WrongRewrite(DSV4Error):
         )
 
 
+class TracedAgain(DSV4Error):
+    """A captured model that does not stay as it was captured."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the captured model was traced a second time, so its graphs are no longer those that were captured: do not call "
+            "torch._dynamo.reset() in between, and give it arguments that one trace serves."
+        )
+
+
 class AlreadyWrong(DSV4Error):
     """A bisection of a model that is wrong without any rewrite."""
 

@@ -1,4 +1,4 @@
-"""What a compiled graph depends on besides the graph: our sources and the configuration."""
+"""What a compiled graph depends on besides the graph: our sources, the numerics contract and the configuration."""
 
 import hashlib
 from dataclasses import astuple, replace
@@ -6,6 +6,7 @@ from functools import lru_cache
 from importlib.resources import files
 
 from .config import Config
+from .lowerings import digest
 
 ROOMS = ("dsv4_compile", "dsv4_compile.patterns", "dsv4_compile.lowerings", "dsv4_compile.kernels")
 
@@ -23,4 +24,4 @@ def sources() -> str:
 
 def identity(config: Config) -> str:
     """Changes whenever another graph could come out; equal between processes and machines. Holds no path."""
-    return hashlib.sha256(f"{sources()} {astuple(replace(config, cache_dir=None))}".encode()).hexdigest()
+    return hashlib.sha256(f"{sources()} {digest()} {astuple(replace(config, cache_dir=None))}".encode()).hexdigest()

@@ -2,10 +2,11 @@
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import groupby
+from typing import Any
 
 from torch import fx
 from torch._guards import tracing
@@ -14,19 +15,20 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
 from .config import LOWER, Config
-from .errors import BrokenGraph, DSV4Error, DSV4Warning, LoweringFailed, RuleFailed
+from .errors import BrokenGraph, DSV4Error, DSV4Warning, LoweringFailed, RuleFailed, WrongRewrite
 from .graph import canonicalise, contract, head, is_tensor, keeps, value, verify, where
 from .identity import identity
 from .instances import module_path, number, site_id
 from .listing import difference, lines
 from .match import Match, NearMiss, Rule
 from .near import align
-from .op import DEVICES, Op
+from .op import DEVICES, Implementation, Op
 from .regions import scales_as_bytes
 from .report import GraphReport, Report
-from .rewrite import Refused, inline, rewrite
+from .rewrite import Examine, Refused, inline, rewrite
 from .trace import pattern_of
 from .unify import Pattern
+from .verify import Verifier
 
 ROUGHLY = 0.55  # how much of a pattern must be there, differences passed over, for a place to be kept in mind
 
@@ -51,13 +53,13 @@ class Front:
                 self.try_at(earlier, anchor, GraphReport())
         return pattern_of(pattern.graph, pattern.inputs, pattern.scalars, pattern.integers)
 
-    def try_at(self, rule: Rule, anchor: Node, report: GraphReport) -> None:
+    def try_at(self, rule: Rule, anchor: Node, report: GraphReport, examine: Examine | None = None) -> None:
         """Rewrite at this anchor if the rule matches there; note the match or the near miss."""
         found = rule.attempt(rule, anchor, self.patterns)
         if isinstance(found, Match):
             found.site = site_id(rule.qualified, anchor)
             try:
-                rewrite(anchor.graph, found)
+                rewrite(anchor.graph, found, examine)
                 report.matched(found)
             except Refused as reason:
                 report.misses.append(rule.miss(anchor, "a block that can be replaced", str(reason), where(anchor)))
@@ -95,6 +97,7 @@ class PassManager(CustomGraphPass):
         self.ops = {op.target: op for op in ops}
         names = tuple(dict.fromkeys(r.name for r in rules))
         self.report = Report(fusions=names, off=tuple(n for n in names if not config.enabled(n)))
+        self.verifier = Verifier(self.ops, lambda op, arguments: self.claim(op, arguments)[0])
         self.seen: dict[fx.Graph, int] = {}  # graphs of this compile, by their place in the report
 
     def uuid(self) -> str:
@@ -146,9 +149,25 @@ class PassManager(CustomGraphPass):
         """One attempt; a rule that raises is an error if strict, else a warning. The graph is as it was either way."""
         place = where(anchor)
         try:
-            rules.try_at(rule, anchor, report)
+            rules.try_at(rule, anchor, report, partial(self.examine, report))
+        except WrongRewrite:
+            raise
         except Exception as error:
             self.tell(RuleFailed(rule.qualified, rule.source, place, error), error)
+
+    def examine(
+        self, report: GraphReport, match: Match, pairs: list[tuple[Node, Node]], is_new: Callable[[Node], bool]
+    ) -> None:
+        """Look at a rewrite that is about to be made; raises Refused if it must not be."""
+        if not self.config.verify:
+            return
+        check = self.verifier.check(match, pairs, is_new)
+        report.checks.append(check)
+        if check.failed:
+            rule = match.rule
+            wrong = WrongRewrite(rule.qualified, rule.source, check.where, check.layer, rule.op.name, check.reason)
+            self.tell(wrong, Refused(check.reason))
+            raise Refused(f"another result: {check.reason}")
 
     def tell(self, failure: DSV4Error, cause: Exception) -> None:
         if self.config.strict:
@@ -170,15 +189,19 @@ class PassManager(CustomGraphPass):
 
     def settle(self, graph: fx.Graph, node: Node, op: Op, pieces: dict[str, fx.Graph], report: GraphReport) -> None:
         """Leave the op to the implementation that claims it, or inline it; note which."""
-        among = tuple(d for d in DEVICES if self.config.may_lower_to(d))
         arguments = {k: value(a) for k, a in op.arguments(*node.args, **node.kwargs).items()}
         note = partial(report.settled, op, place=(module_path(node), where(node)), arguments=arguments)
-        implementation, reasons = op.claim(arguments, among, if_worth=not self.config.forces_lowering)
+        implementation, reasons = self.claim(op, arguments)
         if implementation is not None:
             note(by=implementation.name)
             return
         inline(graph, node, op, pieces)
         note(by=f"inlined: {'; '.join(reasons) or 'no implementation'}")
+
+    def claim(self, op: Op, arguments: dict[str, Any]) -> tuple[Implementation | None, list[str]]:
+        """Who runs an op under this configuration, and why others do not."""
+        among = tuple(d for d in DEVICES if self.config.may_lower_to(d))
+        return op.claim(arguments, among, if_worth=not self.config.forces_lowering)
 
     def record(self, graph: fx.Graph, report: GraphReport) -> None:
         """File the report; find the region bodies that this graph calls."""

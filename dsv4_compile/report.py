@@ -12,6 +12,7 @@ from .instances import module_path
 from .match import Match, NearMiss
 from .op import Op
 from .roofline import H200, Machine
+from .verify import Check
 
 NEAR = 0.5  # how much of a pattern the exact search must find for a miss to be told
 CLEAR = 0.6  # the same for a rough miss, in a model of which nothing is known
@@ -59,6 +60,7 @@ class GraphReport:
     nodes_after: int = 0
     seconds: float = 0.0
     calls: int = 1
+    checks: list[Check] = field(default_factory=list)  # with the option `verify`
     bodies: Counter[int] = field(default_factory=Counter)  # index of a body -> calls of it from this graph
     layers: list[str] = field(default_factory=list)
 
@@ -146,6 +148,16 @@ class Report:
         """Fusions that ran and found less than the model has places for them: (found, expected)."""
         ran = {f: n for f, n in self.sites.items() if f"fuse.{f}" not in self.off}
         return {f: (self.counts[f], n) for f, n in ran.items() if self.counts[f] < n}
+
+    @property
+    def checks(self) -> list[Check]:
+        """What `verify` tried, one rewrite of a graph or body each."""
+        return [c for g in self.graphs for c in g.checks]
+
+    @property
+    def mismatches(self) -> list[Check]:
+        """Rewrites that `verify` found to change the result; they were left out."""
+        return [c for c in self.checks if c.failed]
 
     @property
     def runs(self) -> Counter[tuple[str, str]]:

@@ -89,6 +89,9 @@ def _lines(report: Report) -> list[str]:
             "",
             f"least time of these ops on {report.machine.name}: {total * 1e6:.1f} us (roofline; activations as bf16)",
         ]
+    if report.checks:
+        lines += ["", f"verify: {len(report.checks)} rewrites tried, {len(report.mismatches)} left out as wrong"]
+        lines += [f"  {c}" for c in report.checks if c.reason]
     misses = report.misses
     if misses:
         lines += ["", f"near misses ({min(SHOWN, len(misses))} of {len(misses)})", *(f"  {m}" for m in misses[:SHOWN])]

@@ -5,6 +5,9 @@
 
 from ..op import Op
 from . import attention, compressor, dequantize, grouped_mm, mhc, moe, norm, pointwise, router, sinkhorn
+from .numerics import CONTRACTS, TOLERANCE, Contract, Draw, contract_of, digest
+
+__all__ = ["CONTRACTS", "OPS", "TOLERANCE", "Contract", "Draw", "contract_of", "digest"]
 
 OPS: tuple[Op, ...] = (
     dequantize.dequantize,
