@@ -4,7 +4,7 @@
 """
 
 from ..op import Op
-from . import attention, compressor, dequantize, grouped_mm, mhc, moe, norm, pointwise, router, sinkhorn
+from . import attention, compressor, dequantize, grouped_mm, linear, mhc, moe, norm, pointwise, router, sinkhorn
 from .numerics import CONTRACTS, TOLERANCE, Contract, Draw, contract_of, digest
 
 __all__ = ["CONTRACTS", "OPS", "TOLERANCE", "Contract", "Draw", "contract_of", "digest"]
@@ -12,6 +12,8 @@ __all__ = ["CONTRACTS", "OPS", "TOLERANCE", "Contract", "Draw", "contract_of", "
 OPS: tuple[Op, ...] = (
     dequantize.dequantize,
     grouped_mm.grouped_mm,
+    linear.linear,
+    linear.grouped_linear,
     pointwise.softmax,
     pointwise.silu,
     pointwise.softplus,

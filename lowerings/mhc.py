@@ -5,10 +5,12 @@ import math
 import torch
 import torch.nn.functional as F
 
+from dsv4_compile.lowerings import native
 from dsv4_compile.lowerings.sinkhorn import balanced, sinkhorn
 from dsv4_compile.op import Cost, Tensor, acc, at_least, op
 
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # of the kernels
+FEW = 16  # tokens; up to here one loop in C++ (N = 1: 10 us) beats calls of PyTorch (150)
 
 
 def mixture(X: Tensor, fn: Tensor, rms_eps: float) -> Tensor:
@@ -59,7 +61,13 @@ def _(a):
 
 @mhc_pre.on("cpu")
 def _(X, fn, base, scale, iters, eps, rms_eps):
-    n = X.shape[-2]
+    n, D = X.shape[-2:]
+    N, library = math.prod(X.shape[:-2]), native.library()
+    if 0 < N <= FEW and native.exact(X, fn, base, scale) and library is not None:
+        x, post, comb = X.new_empty(*X.shape[:-2], D), X.new_empty(X.shape[:-1]), X.new_empty(*X.shape[:-1], n)
+        tensors = (t.data_ptr() for t in (X, fn, base, scale, x, post, comb))
+        library.dsv4_mhc_pre(*tensors, N, n, D, iters, eps, rms_eps)
+        return x, post, comb
     streams = acc(X)
     scale = acc(scale)
     scale = torch.cat([scale[:1].expand(n), scale[1:2].expand(n), scale[2:].expand(n * n)])

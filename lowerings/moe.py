@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
+from dsv4_compile.lowerings import native
 from dsv4_compile.lowerings.dequantize import dequantize, dequantized
 from dsv4_compile.lowerings.grouped_mm import grouped_mm
 from dsv4_compile.lowerings.pointwise import swiglu
@@ -87,8 +88,26 @@ def _(x, expert, gate, w1, w3, w2, limit, s1, s3, s2, t1, t3, t2):
     stored = (w1, s1, t1), (w3, s3, t3), (w2, s2, t2)
     if expert.numel() == 0:
         return x.new_zeros(x.shape, dtype=out)
-    run = few_tokens if expert.numel() <= w1.shape[0] else many_tokens
+    few = expert.numel() <= w1.shape[0]
+    if few and (y := in_one_call(x, expert, gate, stored, limit)) is not None:
+        return y
+    run = few_tokens if few else many_tokens
     return run(acc(x), expert, gate.to(acc(x).dtype), stored, limit).to(out)
+
+
+def in_one_call(x: Tensor, expert: Tensor, gate: Tensor, stored: Sequence[Stored], limit: float) -> Tensor | None:
+    """Few tokens in C++: only the rows of the chosen matrices are ever in fp32, one at a time."""
+    x, expert, gate, library = x.contiguous(), expert.contiguous(), gate.contiguous(), native.library()
+    if library is None or not native.exact(x, gate) or expert.dtype != torch.int64:
+        return None
+    weights = [native.described(*s) for s in stored]
+    if None in weights:
+        return None
+    (N, k), (X, I), D, y = expert.shape, stored[0][0].shape[:2], x.shape[1], torch.empty_like(x)
+    numbers = x.data_ptr(), expert.data_ptr(), gate.data_ptr(), y.data_ptr()
+    if library.dsv4_moe(*weights, *numbers, X, N, k, limit, native.threads(3 * N * k * I * D)):
+        raise IndexError(f"an expert lies beyond the {X} that there are")
+    return y
 
 
 def few_tokens(x: Tensor, expert: Tensor, gate: Tensor, stored: Sequence[Stored], limit: float) -> Tensor:

@@ -206,6 +206,11 @@ CONTRACTS: dict[str, Contract] = {
         accumulate="products in x's dtype at least",
         draws={"weight": Matrix(8.0), "scale": Scale(), "scale_2": Scale(-1, 1)},
     ),
+    "grouped_linear": Contract(
+        ("x",),
+        accumulate="products in x's dtype at least",
+        draws={"weight": Matrix(8.0), "scale": Scale(), "scale_2": Scale(-1, 1)},
+    ),
     "grouped_mm": Contract(("x",), draws={"w": Matrix(), "ends": Ends("x")}),
     "softmax": Contract(("x",), order="maximum first, then sum", draws={"x": Normal(4.0)}),
     "silu": Contract(("x",), draws={"x": Normal(8.0)}),

@@ -5,7 +5,7 @@ it emits; it knows no devices and no kernels.
 """
 
 from ..match import Rule
-from . import attention, compressor, dequantize, grouped_mm, mhc, moe, norm, pointwise, router, sinkhorn
+from . import attention, compressor, dequantize, grouped_mm, linear, mhc, moe, norm, pointwise, router, sinkhorn
 
 RULES: tuple[Rule, ...] = (
     dequantize.fp8,
@@ -46,4 +46,6 @@ RULES: tuple[Rule, ...] = (
     attention.window_and_entries_scaled,
     attention.masked_by_lists,
     attention.masked,
+    linear.product,
+    linear.grouped,
 )

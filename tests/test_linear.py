@@ -1,0 +1,175 @@
+"""Linear layers over stored weights: the ops against the formula, and what raises to them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv4_compile.lowerings.linear import FEW, grouped_linear, linear
+from dsv4_compile.patterns import dequantize as rules
+from dsv4_compile.patterns import linear as patterns
+from dsv4_compile.reference_model.layers import Linear
+from dsv4_compile.reference_model.quant import dequantize, quantize
+
+FORMATS = ["fp8", "mxfp4", "nvfp4"]
+OPS = [linear, grouped_linear]
+
+
+def stored(format, N, K, seed=0):
+    """A random weight [N, K] in a format, rows of very different size, and the numbers that it stands for, in fp64."""
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(N, K, generator=g) * 2.0 ** torch.randint(-9, 9, (N, 1), generator=g)
+    parts = quantize(weight, format)
+    return parts, dequantize(*parts, format).double()
+
+
+def case(op, format, M, G, R, K, dtype=torch.float32, seed=0):
+    """Arguments of the op, what the formula says, and the sums of the magnitudes, by which errors are measured."""
+    parts, W = stored(format, G * R, K, seed)
+    g = torch.Generator().manual_seed(seed + 1)
+    shape = (M, K) if op is linear else (G, M, K)
+    x = torch.randn(shape, generator=g).to(dtype)
+    groups = W.unflatten(0, (G, R)) if op is grouped_linear else W
+    products = x.double().unsqueeze(-2) * groups.unsqueeze(-3)
+    return (x, *parts), products.sum(-1), products.abs().sum(-1)
+
+
+def close(got, want, size, tolerance):
+    assert got.shape == want.shape and ((got.double() - want).abs() <= tolerance * size).all()
+
+
+SHAPES = [(1, 3, 64, 96), (FEW + 1, 2, 100, 160), (3, 1, 1, 32), (2, 5, 51, 288), (0, 2, 3, 32)]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("op", OPS, ids=lambda o: o.name)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_meaning_and_cpu_say_what_the_formula_says(op, format, shape):
+    args, *want = case(op, format, *shape)
+    for run in (op, op.meaning):
+        got = run(*args)
+        assert got.dtype == torch.float32 and got.is_contiguous()
+        close(got, *want, 1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from(OPS),
+    st.integers(1, 2 * FEW),
+    st.integers(1, 3),
+    st.integers(1, 150),
+    st.integers(1, 300),
+    st.integers(0, 99),
+)
+def test_ragged_blocks(op, M, G, R, K, seed):
+    args, *want = case(op, "fp8", M, G, R, K, seed=seed)
+    close(op(*args), *want, 1e-6)
+    close(op(args[0].double(), *args[1:]), *want, 1e-14)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda o: o.name)
+@pytest.mark.parametrize("M", [1, FEW + 1])
+def test_the_weight_is_rounded_to_the_dtype_of_x(op, M):
+    args, *want = case(op, "fp8", M, 2, 70, 200, torch.bfloat16)
+    for run in (op, op.meaning):
+        got = run(*args)
+        assert got.dtype == torch.bfloat16
+        close(got, *want, 2**-7)
+
+
+@pytest.mark.parametrize("M", [1, FEW + 1])
+def test_a_number_that_is_none_stays_in_its_row_and_large_scales_do_not_overflow(M):
+    for byte in (0x7F, 0xFF):
+        (x, weight, scale, _), *_ = case(linear, "fp8", M, 1, 140, 130)
+        weight.view(torch.uint8)[5, 7] = byte
+        got = linear(x, weight, scale, None)
+        assert got.isnan().any(0).nonzero().flatten().tolist() == [5]
+    scale = torch.full_like(scale.view(torch.uint8), 254).view(scale.dtype)  # 2^127
+    weight = torch.full_like(weight.view(torch.uint8), 1).view(weight.dtype)  # 2^-9
+    x = torch.full_like(x, 2.0**-8)
+    torch.testing.assert_close(linear(x, weight, scale, None), linear.meaning(x, weight, scale, None))
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda o: o.name)
+def test_strides_do_not_matter_and_the_op_is_sound(op):
+    (x, *parts), *want = case(op, "mxfp4", 3, 2, 5, 64)
+    spread = torch.stack([x, x], -1)[..., 0]
+    close(op(spread, *parts), *want, 1e-6)
+    checks = (
+        "test_autograd_registration",
+        "test_faketensor",
+        "test_aot_dispatch_dynamic",
+    )  # test_schema negates inputs
+    torch.library.opcheck(op.target, (x, *parts), test_utils=checks)
+
+
+def test_costs_count_the_stored_bytes():
+    (x, *parts), *_ = case(linear, "fp8", 3, 1, 140, 130)
+    sizes = linear.bound_sizes(linear.arguments(x, *parts))
+    cost = linear.symbolic_cost().at(**sizes)
+    assert (cost.flops, cost.write) == (2 * 3 * 140 * 130 + 140 * 130, 2 * 3 * 140)
+    assert 0 < cost.read - 140 * 130 - 2 * 3 * 130 < 5
+    (x, *parts), *_ = case(grouped_linear, "mxfp4", 3, 2, 70, 64)
+    assert grouped_linear.bound_sizes(grouped_linear.arguments(x, *parts)) == dict(
+        G=2, M=3, R=70, K=64, bits=4, block=32
+    )
+
+
+# -- raising
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3)])
+def test_the_models_layers_raise(rewritten, dtype, shape):
+    first, grouped = Linear(96, 90, "fp8"), Linear(30, 42, "fp8")
+
+    def projections(x):
+        u = first(x).unflatten(-1, (3, -1))
+        return torch.einsum("btgk,grk->btgr", u, grouped.dense(x.dtype).unflatten(0, (3, -1))).flatten(-2)
+
+    x = torch.randn(*shape, 96).to(dtype)
+    result, report = rewritten(projections, x)
+    assert report.rules["fuse.linear"] == 2
+    assert report.runs == {("linear", "cpu"): 1, ("grouped_linear", "cpu"): 1}
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(result, projections(x), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+def test_four_bits_raise(rewritten_by, format):
+    """With every leading axis that a stored matrix can have: none, so NVFP4 keeps its one scale_2 outside."""
+    parts, _ = stored(format, 40, 64)
+    x = torch.randn(3, 64)
+    fused = lambda x: F.linear(x, dequantize(*parts, format))  # noqa: E731
+    result, report = rewritten_by([rules.mxfp4, rules.nvfp4, patterns.product], fused, x)
+    assert report.rules["fuse.linear"] == (format == "mxfp4")
+    torch.testing.assert_close(result, fused(x))
+
+
+def test_a_symbolic_length_stays_symbolic(rewritten):
+    layer, x = Linear(64, 40, "fp8"), torch.randn(2, 5, 64)
+    torch._dynamo.mark_dynamic(x, 1)
+    result, report = rewritten(layer, x)
+    assert report.rules["fuse.linear"] == 1
+    torch.testing.assert_close(result, layer(x))
+
+
+NOT_LINEAR = {
+    "the weight is also read elsewhere": lambda x, w: (x @ w.t(), w.sum(0)),
+    "not transposed": lambda x, w: x @ w,
+    "a sum": lambda x, w: x + w,
+    "groups of columns": lambda x, w: torch.einsum("mgk,rgk->gmr", x.view(40, 4, 10), w.view(40, 4, 10)),
+    "groups that are not transposed": lambda x, w: torch.bmm(x.view(4, 10, 40)[..., :10], w.view(4, 10, 40)),
+}
+
+
+@pytest.mark.parametrize("wrong", NOT_LINEAR.values(), ids=NOT_LINEAR)
+def test_what_is_no_linear_stays(rewritten, wrong):
+    parts, _ = stored("fp8", 40, 40)
+    f = lambda x: wrong(x, dequantize(*parts, "fp8"))  # noqa: E731
+    x = torch.randn(40, 40)
+    result, report = rewritten(f, x)
+    assert report.rules["fuse.linear"] == 0 and report.rules["raise.dequantize"] == 1
+    torch.testing.assert_close(result, f(x))
