@@ -9,11 +9,12 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# public name -> module of this package that defines it
+# public name -> module of this package that defines it, or that it is
 _HOME: dict[str, str] = {
     "Config": "config",
     "Report": "report",
     "explain": "explaining",
+    "hf": "hf",
     "reports": "report",
 }
 
@@ -23,7 +24,8 @@ __all__ = ["__version__", *_HOME]
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'dsv4_compile' has no attribute {name!r}; public names: {', '.join(_HOME)}")
-    value = getattr(import_module(f"dsv4_compile.{_HOME[name]}"), name)
+    module = import_module(f"dsv4_compile.{_HOME[name]}")
+    value = module if name == _HOME[name] else getattr(module, name)
     globals()[name] = value
     return value
 

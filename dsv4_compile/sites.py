@@ -36,7 +36,8 @@ def kinds(model: Any) -> dict[str, str]:
     return {f"layers.{i}": f"{a}, {e}" for i, (a, e) in enumerate(zip(attention, experts, strict=False))}
 
 
-# Modules of the reference model -> places in each. Classes derived from them may compute something else: not counted.
+# Modules of the reference model and of Hugging Face's -> places in each. Classes derived from them may compute something
+# else: not counted.
 _HOME = "dsv4_compile.reference_model.model"
 HOLDS: dict[str, dict[str, int]] = {
     f"{_HOME}.Attention": {"attention": 1},
@@ -46,7 +47,24 @@ HOLDS: dict[str, dict[str, int]] = {
     f"{_HOME}.HyperConnection": {"mhc": 2},
     f"{_HOME}.HyperHead": {"mhc": 1},
 }
-ONLY_IF = {f"{_HOME}.Router": "gather"}  # uniform gates are looked up nowhere
+_HF = "transformers.models.deepseek_v4.modeling_deepseek_v4.DeepseekV4"
+HOLDS |= {
+    f"{_HF}Attention": {"attention": 1},
+    f"{_HF}Experts": {"moe": 1},
+    f"{_HF}TopKRouter": {"router": 1},
+    f"{_HF}HashRouter": {"router": 1},
+    f"{_HF}HCACompressor": {"compressor": 1},
+    f"{_HF}CSACompressor": {"compressor": 1},
+    f"{_HF}Indexer": {"compressor": 1},
+    f"{_HF}HyperConnection": {"mhc": 2},
+    f"{_HF}HyperHead": {"mhc": 1},
+}
+ONLY_IF = {
+    f"{_HOME}.Router": "gather",  # uniform gates are looked up nowhere
+    f"{_HF}HCACompressor": "softmax",  # prompts below one window have nothing to compress
+    f"{_HF}CSACompressor": "softmax",
+    f"{_HF}Indexer": "softmax",
+}
 
 
 def in_graph(gm: torch.fx.GraphModule) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Dense additive masks, read as index lists: which rows does a query see?  Hugging Face's attention has them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,82 +12,116 @@ from dsv4_compile.match import Made, constant, head, known, shape, strip, term, 
 Lists = dict[str, Any]
 
 
-def parts(rows: Node, mask: Node) -> list[tuple[Node, Node]]:
-    """rows [B, 1, S, d] with their mask [.., T, S]; where both were put together from two pieces, the pieces."""
-    m = strip(mask)
-    if not head(rows) == head(m) == "aten.cat":
-        return [(rows, mask)]
-    r, b = term(rows), term(m)
-    pieces = list(zip(r.operands, b.operands, strict=False))
-    along = (r.literals["dim"], b.literals["dim"]) == (-2, -1) and len(r.operands) == len(b.operands) == 2
-    return pieces if along and all(known(shape(x)[-2] == shape(y)[-1]) for x, y in pieces) else [(rows, mask)]
+@dataclass(frozen=True)
+class Columns:
+    """Columns start to end of a mask [.., T, S], where they are computed."""
+
+    node: Node
+    start: Any
+    end: Any
+
+    def all(self) -> bool:
+        return known(self.start == 0) and known(self.end == shape(self.node)[-1])
+
+
+def columns(mask: Node, start: Any, end: Any) -> Columns:
+    """Some columns of a mask, below slices, concatenations and padding of the last axis."""
+    while True:
+        m = strip(mask)
+        if not broadcast(shape(m), shape(mask)):
+            return Columns(mask, start, end)
+        mask, below = m, _below(m, start, end)
+        if below is None:
+            return Columns(mask, start, end)
+        mask, shift = below
+        start, end = start + shift, end + shift
+
+
+def broadcast(small: Sequence[Any], large: Sequence[Any]) -> bool:
+    """Whether `small` has the axes of `large`, some of them 1, but never the last."""
+    same = len(small) == len(large) and known(small[-1] == large[-1])
+    return same and all(known(i == j) or known(i == 1) for i, j in zip(small, large, strict=True))
+
+
+def _below(m: Node, start: Any, end: Any) -> tuple[Node, Any] | None:
+    """Where these columns of m come from, and how far their numbers move."""
+    literals = term(m).literals if m.op == "call_function" else {}
+    if head(m) == "aten.slice" and (literals["dim"], literals["step"]) == (-1, 1):
+        return operands(m)[0], literals["start"]
+    if head(m) == "aten.cat" and literals["dim"] == -1:
+        first = 0
+        for piece in term(m).operands:
+            if known(start >= first) and known(end <= first + shape(piece)[-1]):
+                return piece, -first
+            first = first + shape(piece)[-1]
+    if head(m) == "aten.constant_pad_nd":
+        piece, (front, _, *others), *_ = operands(m)
+        if front == 0 and not any(others) and known(end <= shape(piece)[-1]):
+            return piece, 0
+    return None
 
 
 def index_lists(q: Node, rows: Node, mask: Node) -> Lists | str:
-    """Arguments keys, window, entries and index of an attention whose queries q [B, h, T, d] see what the mask says; or
-    why they cannot be told."""
-    pieces = parts(rows, mask)
-    window = one_position(q, pieces[0][1]) or band(q, pieces[0][1])
-    if window is None:
-        return "a window that is known while compiling (no padding mask, no symbolic length) or a single query"
-    found: Lists = {"keys": Made(without_head, (pieces[0][0],)), "window": window, "entries": None, "index": None}
-    if len(pieces) == 2:
-        index = chosen(q, pieces[1][1]) or permitted(q, pieces[1][1])
-        if index is None:
-            return "entries chosen by index, or masked where a condition holds"
-        found |= {"entries": Made(without_head, (pieces[1][0],)), "index": index}
-    return found
+    """Arguments keys, window, entries and index of an attention whose queries q [B, h, T, d] see of rows [B, 1, S, d] what
+    the mask [.., T, S] says; or why they cannot be told."""
+    found: Lists | None = None
+    if head(rows) == "aten.cat" and term(rows).literals["dim"] == -2 and len(term(rows).operands) == 2:
+        near, far = term(rows).operands
+        S, W = shape(rows)[-2], shape(near)[-2]
+        found = _lists(q, (near, columns(mask, 0, W)), (far, columns(mask, W, S)))
+    found = found or _lists(q, (rows, columns(mask, 0, shape(rows)[-2])))
+    return found or "a mask that is known while compiling, or made of one condition or of chosen entries"
+
+
+def _lists(q: Node, near: tuple[Node, Columns], far: tuple[Node, Columns] | None = None) -> Lists | None:
+    keys, window = near[0], one_position(q, near[1]) or band(q, near[1])
+    found: Lists = {"keys": Made(without_head, (keys,)), "window": window, "entries": None, "index": None}
+    if far is None:
+        return found if window else None
+    index = chosen(q, far[1]) or permitted(q, far[1])
+    return found | {"entries": Made(without_head, (far[0],)), "index": index} if window and index else None
 
 
 def without_head(x):
     return x.squeeze(1)
 
 
-def one_position(q: Node, mask: Node) -> Made | None:
+def one_position(q: Node, c: Columns) -> Made | None:
     """A single query: a list of all rows costs no more than the mask."""
-    return permitted(q, mask) if known(shape(q)[2] == 1) else None
+    return permitted(q, c) if known(shape(q)[2] == 1) else None
 
 
-def permitted(q: Node, mask: Node) -> Made | None:
+def permitted(q: Node, c: Columns) -> Made | None:
     """where(condition, 0, -inf), or the other way round, as a list of all columns with those left out that are masked."""
-    m, columns = uncut(strip(mask)), shape(mask)[-1]
-    if head(m) != "aten.where":
+    if head(c.node) != "aten.where":
         return None
-    condition, yes, no = operands(m)
-    if is_number(no, 0) and forbids(yes, mask):
+    condition, yes, no = operands(c.node)
+    if is_number(no, 0) and forbids(yes, c.node):
         keep: Callable[..., Any] = torch.logical_not
-    elif is_number(yes, 0) and forbids(no, mask):
+    elif is_number(yes, 0) and forbids(no, c.node):
         keep = torch.clone
     else:
         return None
-    if len(shape(condition)) != 4 or not (known(shape(condition)[1] == 1) and known(shape(condition)[3] == columns)):
+    ones, width = shape(condition)[1:-2], shape(condition)[-1]
+    if len(ones) != 1 or not (known(ones[0] == 1) and known(width == shape(c.node)[-1])):
         return None
+    start, length = c.start, c.end - c.start
 
     def columns_seen(condition, q):
         B, _, T, _ = q.shape
-        column = torch.arange(condition.shape[-1], device=q.device)
-        return torch.where(keep(condition[:, 0]).expand(B, T, -1), column, -1)
+        seen = keep(condition[:, 0, :, start : start + length]).expand(B, T, -1)
+        return torch.where(seen, torch.arange(length, device=q.device), -1)
 
-    return Made(columns_seen, (condition, q))
-
-
-def uncut(m: Node) -> Node:
-    """Below a cut that takes away what a padding has put behind."""
-    if head(m) == "aten.slice":
-        cut, padded = term(m).literals, strip(m.args[0])
-        if head(padded) == "aten.constant_pad_nd" and (cut["dim"], cut["start"], cut["step"]) == (-1, 0, 1):
-            below, widths, *_ = operands(padded)
-            if list(widths)[::2] == [0] and known(shape(below)[-1] == cut["end"]):
-                return strip(below)
-    return m
+    return Made(columns_seen, (condition, q)) if isinstance(start, int) and isinstance(length, int) else None
 
 
-def band(q: Node, mask: Node) -> Made | None:
+def band(q: Node, c: Columns) -> Made | None:
     """A mask computed from nothing, in which each query sees the same number of rows before and with its own."""
-    width = window_of(mask) if known(shape(mask)[-2] == shape(q)[2]) else None
+    T, S = shape(q)[2], c.end - c.start
+    width = window_of(c) if known(shape(c.node)[-2] == T) else None
     if width is None:
         return None
-    ahead = shape(mask)[-1] - shape(mask)[-2]  # rows that were there before the first query
+    ahead = S - T  # rows that were there before the first query
 
     def last_rows(q):
         B, _, T, _ = q.shape
@@ -96,11 +131,11 @@ def band(q: Node, mask: Node) -> Made | None:
     return Made(last_rows, (q,))
 
 
-def window_of(mask: Node) -> int | None:
-    """Width of a constant sliding mask [.., T, S]; None if it is none."""
-    if "window" not in mask.meta:  # layers share masks, and large ones take a while
-        mask.meta["window"] = constant(mask, _width)
-    return mask.meta["window"]
+def window_of(c: Columns) -> int | None:
+    """Width of a constant sliding mask; None if it is none."""
+    if "window" not in c.node.meta:  # layers share masks, and large ones take a while
+        c.node.meta["window"] = constant(c.node, _width)
+    return c.node.meta["window"] if c.all() else None
 
 
 def _width(m: torch.Tensor) -> int | None:
@@ -113,25 +148,23 @@ def _width(m: torch.Tensor) -> int | None:
     return width if width and bool((seen == sliding).all() and masked.all()) else None
 
 
-def chosen(q: Node, mask: Node) -> Made | None:
+def chosen(q: Node, c: Columns) -> Made | None:
     """-inf everywhere, 0 scattered to the chosen columns; what is not chosen goes to one more column, cut off after."""
-    cut, columns = strip(mask), shape(mask)[-1]
-    if head(cut) != "aten.slice" or head(strip(cut.args[0])) != "aten.scatter":
+    if head(c.node) != "aten.scatter":
         return None
-    bounds, scatter = term(cut).literals, strip(cut.args[0])
-    whole, dim, place, zero = operands(scatter)
-    if not ((bounds["dim"], bounds["start"], bounds["step"]) == (-1, 0, 1) and known(bounds["end"] == columns)):
-        return None
-    if not (is_number(zero, 0) and dim in (-1, 3) and forbids(whole, mask) and head(strip(place)) == "aten.where"):
+    whole, dim, place, zero = operands(c.node)
+    if not (is_number(zero, 0) and dim in (-1, 3) and forbids(whole, c.node) and head(strip(place)) == "aten.where"):
         return None
     present, index, elsewhere = operands(strip(place))
     test = strip(present)
     same = head(test) == "aten.ge" and strip(test.args[0]) is strip(index) and is_number(test.args[1], 0)
-    if not (same and is_number(elsewhere, columns)):
+    B, _, T, _ = shape(q)
+    fits = broadcast(shape(index), (B, T, shape(place)[-1])) and broadcast((B, 1, T, shape(index)[-1]), shape(place))
+    if not (same and fits and known(c.start == 0) and is_number(elsewhere, c.end)):
         return None
 
     def as_list(index, q):
-        return index.reshape(q.shape[0], q.shape[2], index.shape[-1])
+        return index.expand(q.shape[0], q.shape[2], -1)
 
     return Made(as_list, (index, q))
 

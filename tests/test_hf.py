@@ -1,10 +1,12 @@
 """Hugging Face's DeepseekV4ForCausalLM, as it is: the same ops are found in it as in the reference model."""
 
+import copy
 from functools import partial
 
 import pytest
 import torch
 
+from dsv4_compile import hf
 from dsv4_compile.backend import backend
 from dsv4_compile.lowerings.attention import dense_attention
 from dsv4_compile.sites import expected
@@ -87,15 +89,101 @@ def ran(report) -> set[str]:
 def test_every_site_of_prefill_is_found():
     model, ids, reports = random_model(), tokens(2, 29), []
     want = model(ids, use_cache=False).logits
-    options = {"inner": "eager", "strict": True, "lowerings": "c*"}
-    compiled = torch.compile(model, backend=partial(backend, options=options, observe=reports.append), fullgraph=True)
-    close(compiled(ids, use_cache=False).logits, want)
+    close(compiled(model, reports)(ids, use_cache=False).logits, want)
     (report,) = reports
     assert {f: report.counts[f] for f in FUSIONS} == expected(model)
     assert {"attention", "compressor", "moe", "router", "expert_gates", "mhc_pre", "mhc_post", "mhc_head"} <= ran(
         report
     )
     assert "dense_attention" not in ran(report)
+
+
+def compiled(model, reports):
+    options = {"inner": "eager", "strict": True, "lowerings": "c*"}
+    return torch.compile(model, backend=partial(backend, options=options, observe=reports.append), fullgraph=True)
+
+
+def greedy(model, ids, steps, cache):
+    """Logits [B, 1, V] of each step after the prompt, and the tokens."""
+    logits, found = model(ids, past_key_values=cache).logits[:, -1:], []
+    for _ in range(steps):
+        found.append(logits)
+        logits = model(logits.argmax(-1), past_key_values=cache).logits
+    return torch.cat(found, 1), torch.cat(found, 1).argmax(-1)
+
+
+def test_decode_is_one_graph_with_every_site():
+    """41 tokens after 13: windows of 4 and 8 close, the ring of 7 wraps. (SWA alone: `test_the_mask_of_a_step`.)"""
+    model, ids, reports = random_model(num_hidden_layers=2, layer_types=[CSA, HCA], index_topk=64), tokens(2, 13), []
+    want, best = greedy(model, ids, 41, transformers.DynamicCache(config=model.config))
+    cache = hf.StaticCache(hf.prepare(model), batch=2, max_len=54)
+    memory = [t.data_ptr() for t in cache.tensors()]
+    got, _ = greedy(model, ids, 41, cache)
+    close(got, want)
+
+    cache.reset()
+    step, logits = compiled(model, reports), [model(ids, past_key_values=cache).logits[:, -1:]]
+    for token in best.split(1, 1)[:-1]:
+        logits.append(step(token, past_key_values=cache).logits)
+    close(torch.cat(logits, 1), want)
+    assert torch.equal(torch.cat(logits, 1).argmax(-1), best)
+    assert len(reports) == 1 and memory == [t.data_ptr() for t in cache.tensors()]
+    assert {f: reports[0].counts[f] for f in FUSIONS} == expected(model)
+    assert "attention" in ran(reports[0]) and "dense_attention" not in ran(reports[0])
+
+
+# The static cache
+
+
+@pytest.mark.parametrize("T", [2, 3, 8, 9], ids="{} tokens".format)
+def test_prompts_of_any_length_leave_the_cache_right(T):
+    """Shorter than a window, as long, and longer; then steps across the next boundaries."""
+    model, ids = random_model(index_topk=64), tokens(1, T)
+    want, _ = greedy(model, ids, 14, transformers.DynamicCache(config=model.config))
+    cache = hf.StaticCache(hf.prepare(model), batch=1, max_len=T + 14)
+    close(greedy(model, ids, 14, cache)[0], want)
+    cache.reset()
+    one_by_one = torch.cat([model(t, past_key_values=cache).logits for t in ids.split(1, 1)], 1)
+    close(one_by_one[:, -1], want[:, 0])
+
+
+def test_a_prompt_goes_into_the_cache_as_one_graph():
+    model, ids, reports = random_model(num_hidden_layers=1, layer_types=[HCA]), tokens(2, 13), []
+    want = model(ids, use_cache=False).logits
+    caches = [hf.StaticCache(hf.prepare(model), batch=2, max_len=20) for _ in range(2)]
+    close(compiled(model, reports)(ids, past_key_values=caches[0]).logits, want)
+    close(model(ids, past_key_values=caches[1]).logits, want)
+    for got, right in zip(*(c.tensors() for c in caches), strict=True):
+        torch.testing.assert_close(got, right)
+    assert {f: reports[0].counts[f] for f in FUSIONS} == expected(model)
+    assert "dense_attention" not in ran(reports[0])
+
+
+def test_what_the_cache_cannot_do_is_said():
+    model = random_model()
+    with pytest.raises(ValueError, match=r"prepare\(model\)"):
+        hf.StaticCache(model, batch=1, max_len=8)
+    with pytest.raises(ValueError, match="batch >= 1"):
+        hf.StaticCache(hf.prepare(model), batch=0, max_len=8)
+    cache = hf.StaticCache(model, batch=1, max_len=8)
+    model(tokens(1, 3), past_key_values=cache)
+    with pytest.raises(ValueError, match="one token at a time"):
+        model(tokens(1, 2), past_key_values=cache)
+
+
+def test_a_copy_of_the_cache_is_one_of_its_own():
+    """As `explain` makes it."""
+    model = hf.prepare(random_model())
+    cache = hf.StaticCache(model, batch=1, max_len=8)
+    model(tokens(1, 3), past_key_values=copy.deepcopy(cache))
+    assert cache.length.item() == 0 and not any(t.nan_to_num(neginf=0).any() for t in cache.tensors())
+
+
+def test_prepare_leaves_experts_that_trace():
+    model = random_model()
+    for before, after in (("eager", "grouped_mm"), ("batched_mm", "batched_mm"), ("grouped_mm", "grouped_mm")):
+        model.set_experts_implementation(before)
+        assert hf.prepare(model).config._experts_implementation == after
 
 
 # Experts
@@ -128,8 +216,7 @@ def test_packed_experts_in_bf16(rewritten):
 # Compressors
 
 
-@pytest.mark.parametrize("kind, sites", [("HCA", 1), ("CSA", 2)])
-@pytest.mark.parametrize("T", [9, 27], ids=["one or two windows", "more"])
+@pytest.mark.parametrize("kind, sites, T", [("HCA", 1, 9), ("HCA", 1, 27), ("CSA", 2, 5), ("CSA", 2, 27)])
 def test_compressors_of_windows(rewritten, kind, sites, T):
     compressor = randomised(getattr(modeling, f"DeepseekV4{kind}Compressor")(config()))
     x, q = torch.randn(2, T, CONFIG["hidden_size"]), torch.randn(2, T, CONFIG["q_lora_rank"])
@@ -145,14 +232,6 @@ def test_compressors_of_windows(rewritten, kind, sites, T):
     assert torch.equal(bias, want_bias)
 
 
-def test_the_first_overlapping_window_alone(rewritten):
-    compressor = randomised(modeling.DeepseekV4CSACompressor(config()))
-    x, q, positions = torch.randn(2, 5, 40), torch.randn(2, 5, 20), torch.arange(5).unsqueeze(0)
-    (entries, _), report = rewritten(lambda x, q: compressor(x, q, positions, None, 0), x, q)
-    assert report.counts["compressor"] == 2
-    close(entries, compressor(x, q, positions, None, 0)[0])
-
-
 # Attention
 
 B, H, T, D = 2, 4, 11, 6
@@ -164,7 +243,9 @@ def sliding(width, T=T, S=T):
 
 
 def additive(seen):
-    return torch.where(seen, torch.zeros(()), torch.finfo(torch.float32).min).expand(B, 1, *seen.shape[-2:])
+    return torch.where(seen.view(-1, 1, *seen.shape[-2:]), torch.zeros(()), torch.finfo(torch.float32).min).expand(
+        B, -1, -1, -1
+    )
 
 
 class Core(torch.nn.Module):
@@ -218,6 +299,24 @@ def test_chosen_and_permitted_entries_become_lists(rewritten):
         got, report = rewritten(f, q, x, index, number)
         assert ran(report) == {"attention"}, report
         close(got, f(q, x, index, number))
+
+
+def test_the_mask_of_a_step(rewritten):
+    """A token at position 8 with a ring of 5 slots: SWA looks at the first columns of a mask that HCA needs more of."""
+    core, q, rows = drawn(T=1, S=5)
+    core.sliding_window = 5
+
+    def step(q, rows, now):
+        position = torch.cat([now - (now - torch.arange(5)) % 5, torch.where(torch.arange(3) < 2, now, now + 1)])
+        mask = additive(((position > now - 4) & (position <= now)).view(1, 8))
+        swa = hf.attention(core, q, rows, rows, mask, scaling=0.4)[0]
+        more = torch.cat([rows, rows[:, :, :3]], 2)
+        return swa, hf.attention(core, q, more, more, mask, scaling=0.4)[0]
+
+    got, report = rewritten(step, q, rows, torch.tensor([8]))
+    assert report.counts["attention"] == 2 and ran(report) == {"attention"}
+    for one, other in zip(got, step(q, rows, torch.tensor([8])), strict=True):
+        close(one, other)
 
 
 @pytest.mark.parametrize(
