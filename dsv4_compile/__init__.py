@@ -13,9 +13,11 @@ __version__ = "0.1.0"
 _HOME: dict[str, str] = {
     "Config": "config",
     "Report": "report",
+    "bisect": "bisecting",
     "explain": "explaining",
     "hf": "hf",
     "reports": "report",
+    "shadow": "shadowing",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .bisect_command import bisect, shadow
 from .cache.command import app as cache_app
 from .explain_command import explain
 
@@ -14,6 +15,8 @@ Option = typer.Option
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(cache_app, name="cache")
 app.command()(explain)
+app.command()(bisect)
+app.command()(shadow)
 
 
 @app.callback()
@@ -40,6 +43,7 @@ def run(
     lowerings: Annotated[str | None, Option(metavar="GLOBS", help="Devices whose implementations run ops.")] = None,
     mode: Annotated[str | None, Option(help="Preset: decode, prefill or debug.")] = None,
     strict: Annotated[bool, Option("--strict", help="Fail if a fusion does not find all its places.")] = False,
+    verify: Annotated[bool, Option("--verify", help="Try every rewrite, and leave out those that are wrong.")] = False,
     cache_dir: Annotated[str | None, Option(metavar="DIR", help="Where reports are kept for warm starts.")] = None,
     inner: Annotated[
         str | None, Option(help="inductor, or eager to run the rewritten graph op by op without generated code.")
@@ -58,7 +62,7 @@ def run(
         check_writable(report, "--report")
         job = Ask(model, prompt, max_new_tokens, temperature, seed, device, dtype, compare=compare)
         job = replace(job, passes=passes, disable=disable, lowerings=lowerings, mode=mode, strict=strict or None)
-        result = do(replace(job, cache_dir=cache_dir, inner=inner), screen)
+        result = do(replace(job, verify=verify or None, cache_dir=cache_dir, inner=inner), screen)
     except InputError as error:
         typer.secho(f"error: {error}", err=True, fg="red")
         raise typer.Exit(2) from None

@@ -9,6 +9,7 @@ from torch import fx
 from torch.fx import Node
 
 _ROOT = re.compile(r"^L\['[^']*'\]\.?")
+_SPECIAL = re.compile(r"[\[\]'\"*?,.\s]+")  # what has a meaning in the option `sites`
 PLACE = "dsv4_place"  # (module path, number of the node in that module), in node.meta
 
 
@@ -16,7 +17,8 @@ def module_path(node: Node) -> str:
     """The module whose code made the node, such as `layers.3.ffn`; "root" for the outermost one or an unknown one."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [entry[0] for entry in stack.values()]
-    return (_ROOT.sub("", paths[-1]) if paths else "") or "root"
+    path = _ROOT.sub("", paths[-1]) if paths else ""
+    return _SPECIAL.sub(".", path).strip(".") or "root"
 
 
 def number(graph: fx.Graph) -> None:

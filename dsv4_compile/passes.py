@@ -26,6 +26,7 @@ from .op import DEVICES, Implementation, Op
 from .regions import scales_as_bytes
 from .report import GraphReport, Report
 from .rewrite import Examine, Refused, inline, rewrite
+from .torch_bisecting import left_out
 from .trace import pattern_of
 from .unify import Pattern
 from .verify import Verifier
@@ -159,6 +160,8 @@ class PassManager(CustomGraphPass):
         self, report: GraphReport, match: Match, pairs: list[tuple[Node, Node]], is_new: Callable[[Node], bool]
     ) -> None:
         """Look at a rewrite that is about to be made; raises Refused if it must not be."""
+        if left_out(lambda: f"{match.site} at {where(match.anchor)}"):
+            raise Refused("left out by torch's bisector")
         if not self.config.verify:
             return
         check = self.verifier.check(match, pairs, is_new)

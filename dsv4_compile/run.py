@@ -26,7 +26,7 @@ TIMED_STEPS = 32
 FEW = 64  # tokens of a prompt that decode may read one by one
 
 # Fields of `Ask` that are options of the backend.
-BACKEND = ("passes", "disable", "lowerings", "mode", "strict", "cache_dir", "inner")
+BACKEND = ("passes", "disable", "lowerings", "mode", "strict", "verify", "cache_dir", "inner")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Ask:
     lowerings: str | None = None
     mode: str | None = None
     strict: bool | None = None
+    verify: bool | None = None
     cache_dir: str | None = None
     inner: str | None = None
     compare: str | None = None

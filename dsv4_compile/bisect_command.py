@@ -1,0 +1,106 @@
+"""`dsv4 bisect` and `dsv4 shadow`: which rewrites make a model wrong, and how far each of them is off."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Option = typer.Option
+Model = Annotated[
+    Path | None,
+    Option(metavar="DIR", help="Checkpoint folder or .safetensors file; the packaged nano if left out."),
+]
+Prompt = Annotated[str, Option(help="Text that the model reads, in one call.")]
+Device = Annotated[str | None, Option(help="cpu, cuda or cuda:N; CUDA where there is one.")]
+Dtype = Annotated[str | None, Option(help="Compute dtype; float32 on CPU, as stored on CUDA.")]
+Disable = Annotated[str | None, Option(metavar="GLOBS", help="Passes to leave out, such as 'fuse.moe,raise.*'.")]
+Lowerings = Annotated[str | None, Option(metavar="GLOBS", help="Devices whose implementations run ops.")]
+
+PROMPT = "def largest(values):\n    "
+
+
+def bisect(
+    model: Model = None,
+    prompt: Prompt = PROMPT,
+    metric: Annotated[str, Option(help="logits, kl, tokens or bits: what of the output must not change.")] = "logits",
+    threshold: Annotated[float | None, Option(help="Of the metric; by default what rounding does not reach.")] = None,
+    budget: Annotated[int, Option(help="Compiles to spend.")] = 200,
+    device: Device = None,
+    dtype: Dtype = None,
+    disable: Disable = None,
+    lowerings: Lowerings = None,
+    script: Annotated[Path | None, Option(metavar="FILE", help="Write a Python file that shows the fault.")] = None,
+) -> None:
+    """Find the rewrites that make a model wrong: rule, layer and source line of each. Exit code 1 if there are any."""
+    from .bisecting import bisect as search
+    from .errors import DSV4Error
+    from .inputs import InputError
+
+    try:
+        loaded, tokens, options = prepared(model, prompt, device, dtype, disable, lowerings)
+        place = repr(str(model.resolve())) if model is not None else "nano.CHECKPOINT"
+        source = f"reference_model.load({place}, {str(tokens.device)!r}, {loaded.embed.weight.dtype})"
+        result = search(
+            loaded,
+            tokens,
+            metric=metric,
+            threshold=threshold,
+            budget=budget,
+            options=options,
+            script=script,
+            source=f"{source}.requires_grad_(False)",
+        )
+    except (InputError, DSV4Error) as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
+        raise typer.Exit(2) from None
+    typer.echo(str(result))
+    if result.guilty or result.spent:
+        raise typer.Exit(1)
+
+
+def shadow(
+    model: Model = None,
+    prompt: Prompt = PROMPT,
+    device: Device = None,
+    dtype: Dtype = None,
+    disable: Disable = None,
+    lowerings: Lowerings = None,
+) -> None:
+    """Hold every op against the plain graph while a prompt is read: errors by layer and rule. Exit code 1 if one is wrong."""
+    from .errors import DSV4Error
+    from .inputs import InputError
+    from .shadowing import shadow as watch
+
+    try:
+        loaded, tokens, options = prepared(model, prompt, device, dtype, disable, lowerings)
+        result = watch(loaded, tokens, options=options)
+    except (InputError, DSV4Error) as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
+        raise typer.Exit(2) from None
+    typer.echo(str(result))
+    if result.failed:
+        raise typer.Exit(1)
+
+
+def prepared(
+    model: Path | None,
+    prompt: str,
+    device: str | None,
+    dtype: str | None,
+    disable: str | None,
+    lowerings: str | None,
+) -> tuple[Any, Any, dict[str, Any]]:
+    """The model, its prompt [1, T] and the backend's options. Raises InputError."""
+    import torch
+
+    from . import inputs
+    from .text import special, text_of
+
+    place = inputs.read_device(device)
+    options, _ = inputs.backend_options({"disable": disable, "lowerings": lowerings, "inner": "eager"}, place)
+    loaded, folder = inputs.load_model(model, place, inputs.read_dtype(dtype, place), lambda *_: None)
+    ids = [*special(loaded.config.bos_token_id)[:1], *text_of(folder, loaded.config).encode(prompt)]
+    if len(ids) < 2:
+        raise inputs.InputError("--prompt is too short: give at least two tokens of text")
+    inputs.check_fits(len(ids) - 1, 1, loaded.config.max_position_embeddings)
+    return loaded.requires_grad_(False), torch.tensor([ids], device=place), options
