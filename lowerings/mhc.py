@@ -10,7 +10,7 @@ from dsv4_compile.lowerings.sinkhorn import balanced, sinkhorn
 from dsv4_compile.op import Cost, Tensor, acc, at_least, op
 
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # of the kernels
-FEW = 16  # tokens; up to here one loop in C++ (N = 1: 10 us) beats calls of PyTorch (150)
+FEW, SMALL = 16, 1 << 16  # few tokens, or coefficients that stay in a cache: one loop in C++ beats calls of PyTorch
 
 
 def mixture(X: Tensor, fn: Tensor, rms_eps: float) -> Tensor:
@@ -63,10 +63,12 @@ def _(a):
 def _(X, fn, base, scale, iters, eps, rms_eps):
     n, D = X.shape[-2:]
     N, library = math.prod(X.shape[:-2]), native.library()
-    if 0 < N <= FEW and native.exact(X, fn, base, scale) and library is not None:
+    if (N <= FEW or fn.numel() <= SMALL) and native.exact(X, fn, base, scale) and library is not None:
         x, post, comb = X.new_empty(*X.shape[:-2], D), X.new_empty(X.shape[:-1]), X.new_empty(*X.shape[:-1], n)
         tensors = (t.data_ptr() for t in (X, fn, base, scale, x, post, comb))
-        library.dsv4_mhc_pre(*tensors, N, n, D, iters, eps, rms_eps)
+        library.dsv4_mhc_pre(
+            *tensors, N, n, D, iters, eps, rms_eps, native.threads(N * (fn.numel() + 4 * iters * n * n))
+        )
         return x, post, comb
     streams = acc(X)
     scale = acc(scale)

@@ -94,6 +94,39 @@ Matrices matrices(const int64_t* a) {
           reinterpret_cast<const float*>(a[3]), a[4], a[5]};
 }
 
+// One token of dsv4_mhc_pre.
+void mhc_pre_of_one(
+    const float* X, const float* fn, const float* base, const float* scale, float* x, float* post, float* comb, int64_t n,
+    int64_t D, int64_t iters, float eps, float rms_eps) {
+  std::vector<float> pre(n);
+  float r = 1.0f / std::sqrt(dot(X, X, n * D) / float(n * D) + rms_eps);
+  auto mix = [&](int64_t i, int64_t s) { return dot(X, fn + i * n * D, n * D) * r * scale[s] + base[i]; };
+  auto sigmoid = [](float v) { return 1.0f / (1.0f + std::exp(-v)); };
+  for (int64_t i = 0; i < n; ++i) pre[i] = sigmoid(mix(i, 0)) + eps;
+  for (int64_t i = 0; i < n; ++i) post[i] = 2.0f * sigmoid(mix(n + i, 1));
+  for (int64_t i = 0; i < n; ++i)
+#pragma omp simd
+    for (int64_t d = 0; d < D; ++d) x[d] = (i ? x[d] : 0) + pre[i] * X[i * D + d];
+  for (int64_t i = 0; i < n; ++i) {  // softmax of each row
+    float* c = comb + i * n;
+    float most = -INFINITY, sum = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      c[j] = mix(2 * n + i * n + j, 2);
+      most = c[j] > most ? c[j] : most;
+    }
+    for (int64_t j = 0; j < n; ++j) sum += c[j] = std::exp(c[j] - most);
+    for (int64_t j = 0; j < n; ++j) c[j] = c[j] / sum + eps;
+  }
+  for (int64_t half = 0; half < 2 * iters - 1; ++half) {  // columns first, columns last
+    int64_t along = half % 2 ? 1 : n, across = half % 2 ? n : 1;
+    for (int64_t i = 0; i < n; ++i) {
+      float sum = eps, *c = comb + i * across;
+      for (int64_t j = 0; j < n; ++j) sum += c[j * along];
+      for (int64_t j = 0; j < n; ++j) c[j * along] /= sum;
+    }
+  }
+}
+
 }  // namespace
 
 // x [G, M, K], weight [G R, K] -> y [G, M, R]
@@ -154,36 +187,10 @@ extern "C" int dsv4_moe(
 // X [N, n, D], fn [(2 + n) n, n D], base [(2 + n) n], scale [3] -> x [N, D], post [N, n], comb [N, n, n]
 extern "C" void dsv4_mhc_pre(
     const float* X, const float* fn, const float* base, const float* scale, float* x, float* post, float* comb,
-    int64_t N, int64_t n, int64_t D, int64_t iters, float eps, float rms_eps) {
-  std::vector<float> pre(n), p(n), q(n);
-  for (; N--; X += n * D, x += D, post += n, comb += n * n) {
-    float r = 1.0f / std::sqrt(dot(X, X, n * D) / float(n * D) + rms_eps);
-    auto mix = [&](int64_t i, int64_t s) { return dot(X, fn + i * n * D, n * D) * r * scale[s] + base[i]; };
-    auto sigmoid = [](float v) { return 1.0f / (1.0f + std::exp(-v)); };
-    for (int64_t i = 0; i < n; ++i) pre[i] = sigmoid(mix(i, 0)) + eps;
-    for (int64_t i = 0; i < n; ++i) post[i] = 2.0f * sigmoid(mix(n + i, 1));
-    for (int64_t i = 0; i < n; ++i)
-#pragma omp simd
-      for (int64_t d = 0; d < D; ++d) x[d] = (i ? x[d] : 0) + pre[i] * X[i * D + d];
-    for (int64_t i = 0; i < n; ++i) {  // softmax of each row
-      float* c = comb + i * n;
-      float most = -INFINITY, sum = 0;
-      for (int64_t j = 0; j < n; ++j) {
-        c[j] = mix(2 * n + i * n + j, 2);
-        most = c[j] > most ? c[j] : most;
-      }
-      for (int64_t j = 0; j < n; ++j) sum += c[j] = std::exp(c[j] - most);
-      for (int64_t j = 0; j < n; ++j) c[j] = c[j] / sum + eps;
-    }
-    for (int64_t half = 0; half < 2 * iters - 1; ++half) {  // columns first, columns last
-      int64_t along = half % 2 ? 1 : n, across = half % 2 ? n : 1;
-      for (int64_t i = 0; i < n; ++i) {
-        float sum = eps, *c = comb + i * across;
-        for (int64_t j = 0; j < n; ++j) sum += c[j * along];
-        for (int64_t j = 0; j < n; ++j) c[j * along] /= sum;
-      }
-    }
-  }
+    int64_t N, int64_t n, int64_t D, int64_t iters, float eps, float rms_eps, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t token = 0; token < N; ++token) mhc_pre_of_one(
+      X + token * n * D, fn, base, scale, x + token * D, post + token * n, comb + token * n * n, n, D, iters, eps, rms_eps);
 }
 """
 
@@ -205,7 +212,7 @@ def library() -> ctypes.CDLL | None:
     built.dsv4_linear.argtypes = [pointer] * 3 + [number] * 3
     built.dsv4_dequantize.argtypes = [pointer] * 2 + [number] * 2
     built.dsv4_moe.argtypes = [pointer] * 7 + [number] * 3 + [real, number]
-    built.dsv4_mhc_pre.argtypes = [pointer] * 7 + [number] * 4 + [real] * 2
+    built.dsv4_mhc_pre.argtypes = [pointer] * 7 + [number] * 4 + [real] * 2 + [number]
     return built
 
 
