@@ -121,6 +121,8 @@ class Verifier:
             try:
                 olds = self.run(part.old, env, wide, by_meaning)
             except Exception as error:
+                if wide is not None:
+                    continue  # some of torch's own calls know few dtypes
                 raise Unchecked(f"the match alone cannot be run: {type(error).__name__}: {error}") from error
             off = max(difference(news[new], olds[old]) for old, new in part.pairs)
             reason = "" if wide else form(part, news)

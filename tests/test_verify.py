@@ -170,6 +170,14 @@ def test_symbolic_sizes_are_tried_as_they_were_captured(rewritten_by):
     assert len(report.checks) == 2 and all(c.checked and not c.failed for c in report.checks)
 
 
+def test_a_precision_that_torch_lacks_is_passed_over(rewritten):
+    x, w = torch.randn(24, 16).bfloat16(), torch.randn(3, 8, 16).bfloat16()
+    ends = torch.tensor([5, 5, 24], dtype=torch.int32)  # aten._grouped_mm knows no fp64
+    _, report = rewritten(lambda x, w: F.grouped_mm(x, w.transpose(-1, -2), offs=ends), x, w, verify=True)
+    (check,) = report.checks
+    assert check.op == "grouped_mm" and check.checked and not check.failed
+
+
 def test_inputs_that_do_not_fit_are_left_alone(rewritten_by, monkeypatch):
     monkeypatch.setattr("dsv4_compile.verify.LIMIT", 8)
     _, report = rewritten_by([emits(right)], f, torch.randn(3, 8), verify=True)

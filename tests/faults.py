@@ -1,0 +1,347 @@
+"""Wrong rewrites to plant: variants of real ops, each with one mistake that somebody could make.
+
+`planted(fault, layer)` puts the wrong op in the place of the right one wherever a rule emits it inside that layer.
+"""
+
+import fnmatch
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+
+from dsv4_compile.instances import module_path
+from dsv4_compile.lowerings import CONTRACTS, OPS
+from dsv4_compile.match import Rule
+from dsv4_compile.op import LIBRARY, Op, acc
+from dsv4_compile.patterns import RULES
+
+BY_NAME = {op.name: op for op in OPS}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`wrong(right, a)`: the outputs of op `op` with a mistake, given its meaning and its arguments. `implementation`: the
+    meaning stays right and only what runs on the CPU is wrong."""
+
+    name: str
+    op: str
+    wrong: Callable[[Callable[..., Any], dict[str, Any]], Any]
+    implementation: bool = False
+
+
+FAULTS: list[Fault] = []
+
+
+def fault(op: str, implementation: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def declare(wrong: Callable[..., Any]) -> Callable[..., Any]:
+        FAULTS.append(Fault(f"{op}: {wrong.__name__.replace('_', ' ')}", op, wrong, implementation))
+        return wrong
+
+    return declare
+
+
+def changed(op: str, name: str, **edits: Callable[[dict[str, Any]], Any]) -> None:
+    """A fault that only changes arguments: each edit gives one from all of them."""
+    FAULTS.append(Fault(f"{op}: {name}", op, lambda right, a: right(**(a | {k: e(a) for k, e in edits.items()}))))
+
+
+@cache
+def clone(fault: Fault) -> Op:
+    """The op of a fault, under a name of its own."""
+    right = BY_NAME[fault.op]
+    number = FAULTS.index(fault)
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        return fault.wrong(right.meaning, right.arguments(*args, **kwargs))
+
+    name = f"fault_{number}_{right.name}"
+    op = Op(
+        name, right.meaning if fault.implementation else wrong, right.outputs, right.schema.replace(right.name, name, 1)
+    )
+    op.__dict__["signature"] = right.signature
+    if fault.implementation:
+        op.on("cpu")(wrong)
+    LIBRARY.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, op.run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dsv4::{name}", op.fake, lib=LIBRARY)
+    return op
+
+
+@contextmanager
+def planted(fault: Fault, layer: str = "*") -> Iterator[Op]:
+    """Rules emit the wrong op where the match lies in a module whose path fits the glob `layer`."""
+    wrong = clone(fault)
+    rules = [r for r in RULES if r.op.name == fault.op]
+    before = {r: r.check for r in rules}
+
+    def check(match: Any) -> Any:
+        right = before[match.rule]
+        verdict = True if right is None else right(match)
+        if verdict is True and fnmatch.fnmatch(module_path(match.anchor), layer):
+            match.rule = replace(match.rule, op=wrong)
+        return verdict
+
+    with patch.dict(CONTRACTS, {wrong.name: CONTRACTS[fault.op]}):
+        for rule in rules:
+            put(rule, check)
+        try:
+            yield wrong
+        finally:
+            for rule, old in before.items():
+                put(rule, old)
+
+
+def put(rule: Rule, check: Any) -> None:
+    object.__setattr__(rule, "check", check)
+
+
+# Norms
+
+
+changed("rms_norm", "eps ten times too large", eps=lambda a: a["eps"] * 10)
+changed("rms_norm", "no eps", eps=lambda a: 0.0)
+changed("rms_norm", "weight plus one", weight=lambda a: a["weight"] + 1)
+changed("unit_norm", "eps forgotten", eps=lambda a: 0.0)
+
+
+@fault("rms_norm")
+def sum_for_mean(right, a):
+    x = acc(a["x"])
+    return (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + a["eps"]) * acc(a["weight"])).to(a["x"].dtype)
+
+
+@fault("rms_norm")
+def weight_reversed(right, a):
+    return right(a["x"], a["weight"].flip(0), a["eps"])
+
+
+@fault("unit_norm")
+def eps_outside_the_root(right, a):
+    x = acc(a["x"])
+    return (x / (x.square().mean(-1, keepdim=True).sqrt() + a["eps"])).to(a["x"].dtype)
+
+
+# Softmax and activations
+
+
+changed("softmax", "the other axis", dim=lambda a: -1 if a["dim"] == -2 else -2)
+changed("softmax", "temperature", x=lambda a: a["x"] * 1.01)
+changed("swiglu", "limit twice as large", limit=lambda a: a["limit"] * 2)
+changed("swiglu", "limit with the wrong sign", limit=lambda a: -a["limit"])
+changed("swiglu", "gate and up swapped", gate=lambda a: a["up"], up=lambda a: a["gate"])
+
+
+@fault("silu")
+def gelu_instead(right, a):
+    return F.gelu(a["x"])
+
+
+@fault("softplus")
+def threshold_too_low(right, a):
+    return F.softplus(a["x"], threshold=2.0)
+
+
+@fault("swiglu")
+def gate_not_clamped(right, a):
+    return F.silu(a["gate"]) * a["up"].clamp(-a["limit"], a["limit"])
+
+
+@fault("swiglu")
+def up_clamped_above_only(right, a):
+    return F.silu(a["gate"].clamp(max=a["limit"])) * a["up"].clamp(max=a["limit"])
+
+
+@fault("swiglu")
+def clamp_after_the_activation(right, a):
+    return F.silu(a["gate"]).clamp(max=a["limit"]) * a["up"].clamp(-a["limit"], a["limit"])
+
+
+# Sinkhorn and hyper-connections
+
+
+changed("sinkhorn", "one iteration less", iters=lambda a: a["iters"] - 1)
+changed("sinkhorn", "eps ten times too large", eps=lambda a: a["eps"] * 10)
+
+
+@fault("sinkhorn")
+def transposed_matrix(right, a):
+    return right(**a).mT.contiguous()
+
+
+@fault("sinkhorn")
+def rows_normalised_last(right, a):
+    c = right(**a)
+    return c / (c.sum(-1, keepdim=True) + a["eps"])
+
+
+@fault("sinkhorn")
+def softmax_over_columns(right, a):
+    return right(**(a | {"logits": a["logits"].mT})).mT.contiguous()
+
+
+changed("mhc_pre", "wrong eps of the norm", rms_eps=lambda a: a["rms_eps"] * 10)
+changed("mhc_pre", "wrong eps of the gates", eps=lambda a: a["eps"] * 10)
+changed("mhc_pre", "scales of pre and post swapped", scale=lambda a: a["scale"][[1, 0, 2]])
+changed("mhc_pre", "one iteration more", iters=lambda a: a["iters"] + 1)
+changed("mhc_pre", "streams in reverse", X=lambda a: a["X"].flip(-2))
+
+
+@fault("mhc_pre")
+def post_not_doubled(right, a):
+    x, post, comb = right(**a)
+    return x, post / 2, comb
+
+
+@fault("mhc_pre")
+def comb_transposed(right, a):
+    x, post, comb = right(**a)
+    return x, post, comb.mT.contiguous()
+
+
+@fault("mhc_pre")
+def base_of_comb_forgotten(right, a):
+    n = a["X"].shape[-2]
+    base = torch.cat([a["base"][: 2 * n], torch.zeros_like(a["base"][2 * n :])])
+    return right(**(a | {"base": base}))
+
+
+changed("mhc_post", "comb not transposed", comb=lambda a: a["comb"].mT)
+changed("mhc_post", "post forgotten", post=lambda a: torch.ones_like(a["post"]))
+changed("mhc_post", "streams off by one", X=lambda a: a["X"].roll(1, -2))
+changed("mhc_head", "wrong eps", eps=lambda a: a["eps"] * 100)
+changed("mhc_head", "sign of the scale", scale=lambda a: -a["scale"])
+
+
+# Router
+
+
+changed("router", "scale missing", scale=lambda a: 1.0)
+changed("router", "sign of the bias", bias=lambda a: -a["bias"])
+changed("expert_gates", "scale missing", scale=lambda a: 1.0)
+
+
+@fault("router")
+def gates_with_the_bias(right, a):
+    expert, _ = right(**a)
+    score = F.softplus(a["logits"]).sqrt() + a["bias"]
+    gate = score.gather(-1, expert)
+    return expert, gate / gate.sum(-1, keepdim=True) * a["scale"]
+
+
+@fault("router")
+def gates_normalised_over_all_experts(right, a):
+    expert, _ = right(**a)
+    score = F.softplus(a["logits"]).sqrt()
+    return expert, (score / score.sum(-1, keepdim=True)).gather(-1, expert) * a["scale"]
+
+
+@fault("router")
+def gates_not_normalised(right, a):
+    expert, _ = right(**a)
+    return expert, F.softplus(a["logits"]).sqrt().gather(-1, expert) * a["scale"]
+
+
+@fault("router")
+def last_expert_is_the_next_best(right, a):
+    expert, gate = right(**(a | {"k": a["k"] + 1}))
+    keep = [*range(a["k"] - 1), a["k"]]
+    return expert[:, keep], gate[:, keep]
+
+
+@fault("router", implementation=True)
+def ties_to_the_higher_index(right, a):
+    E = a["logits"].shape[-1]
+    expert, gate = right(**(a | {"logits": a["logits"].flip(-1), "bias": a["bias"].flip(-1)}))
+    return E - 1 - expert, gate
+
+
+@fault("expert_gates")
+def softmax_of_the_scores(right, a):
+    return F.softplus(a["logits"]).sqrt().gather(-1, a["expert"]).softmax(-1) * a["scale"]
+
+
+# Experts and weights
+
+
+changed("moe", "expert off by one", expert=lambda a: (a["expert"] + 1) % a["w1"].shape[0])
+changed(
+    "moe",
+    "gate and up matrices swapped",
+    w1=lambda a: a["w3"],
+    w3=lambda a: a["w1"],
+    s1=lambda a: a["s3"],
+    s3=lambda a: a["s1"],
+)
+changed("moe", "limit forgotten", limit=lambda a: 1e9)
+changed("moe", "gates of other tokens", gate=lambda a: a["gate"].roll(1, 0))
+changed("moe", "gates all alike", gate=lambda a: torch.full_like(a["gate"], 1 / a["gate"].shape[-1]))
+changed("moe", "scales of the next block", s2=lambda a: rolled(a["s2"]))
+changed(
+    "moe",
+    "first choice only",
+    gate=lambda a: a["gate"] * (torch.arange(a["gate"].shape[-1], device=a["gate"].device) == 0),
+)
+changed("dequantize", "scales of the next block", scale=lambda a: rolled(a["scale"]))
+changed("dequantize", "nibbles swapped", weight=lambda a: (a["weight"] >> 4) | (a["weight"] << 4))
+changed("grouped_mm", "rows off by one", x=lambda a: a["x"].roll(1, 0))
+
+
+def rolled(scale):
+    """Scales moved by one block; 8-bit floats have no roll of their own."""
+    return scale.view(torch.uint8).roll(1, -1).view(scale.dtype)
+
+
+# Compressor
+
+
+changed("compressor", "sign of the rotation", sin=lambda a: -a["sin"])
+changed(
+    "compressor", "window off by one", index=lambda a: torch.where(a["index"] < 0, -1, (a["index"] - 1).clamp(min=0))
+)
+changed("compressor", "stale rows are read", index=lambda a: a["index"].clamp(min=0))
+changed("compressor", "eps ten times too large", eps=lambda a: a["eps"] * 10)
+changed("compressor", "gates of the wrong half", z=lambda a: a["z"].roll(a["weight"].shape[0] // 2, -1))
+changed("compressor", "no weight", weight=lambda a: torch.ones_like(a["weight"]))
+
+
+@fault("compressor")
+def halves_rotated_instead_of_pairs(right, a):
+    e, dr = right(**(a | {"sin": torch.zeros_like(a["sin"]), "cos": torch.ones_like(a["cos"])})), 2 * a["cos"].shape[-1]
+    nope, x, y = e[..., :-dr], e[..., -dr : -dr // 2], e[..., -dr // 2 :]
+    return torch.cat([nope, x * a["cos"] - y * a["sin"], x * a["sin"] + y * a["cos"]], -1)
+
+
+# Attention
+
+
+changed("attention", "sink dropped", sink=lambda a: torch.full_like(a["sink"], -1e4))
+changed("attention", "sign of the sink", sink=lambda a: -a["sink"])
+changed("attention", "scale missing", scale=lambda a: 1.0)
+changed("attention", "off-by-one window", window=lambda a: without_the_oldest(a["window"]))
+changed("attention", "stale slot is read", window=lambda a: a["window"].clamp(min=0))
+changed("attention", "heads in reverse", q=lambda a: a["q"].flip(2))
+
+
+@fault("attention")
+def entries_ignored(right, a):
+    if a["index"] is None:
+        return right(**(a | {"scale": a["scale"] * 1.1}))
+    return right(**(a | {"entries": None, "index": None}))
+
+
+@fault("attention")
+def a_softmax_for_each_source(right, a):
+    if a["index"] is None:
+        return right(**(a | {"scale": a["scale"] * 0.9}))
+    alone = right(**(a | {"entries": None, "index": None}))
+    other = right(**(a | {"keys": a["entries"], "window": a["index"], "entries": None, "index": None}))
+    return (alone + other) / 2
+
+
+def without_the_oldest(window):
+    return torch.cat([torch.full_like(window[..., :1], -1), window[..., 1:]], -1)

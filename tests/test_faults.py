@@ -1,0 +1,188 @@
+"""Planted faults: verify refuses them, and bisect names those that change the model's output.
+
+Every fault is tried by `verify`. A few are hunted by `bisect` in a model of all three kinds of layer; with
+DSV4_TEST_FAULTS=all every one is, and pairs of them.
+"""
+
+import importlib.util
+import itertools
+import math
+import os
+import sys
+import warnings
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv4_compile.bisecting import Bisection, Hunt
+from dsv4_compile.capture import Captured, copied, fake_mode
+from dsv4_compile.config import Config
+from dsv4_compile.lowerings import OPS
+from dsv4_compile.metrics import logits
+from dsv4_compile.passes import PassManager
+from dsv4_compile.patterns import RULES
+from dsv4_compile.reference_model import DSV4, DSV4Config
+from dsv4_compile.report import Site
+
+SPEC = importlib.util.spec_from_file_location("faults", Path(__file__).with_name("faults.py"))
+faults = importlib.util.module_from_spec(SPEC)  # test files do not import each other: this one holds no tests
+sys.modules["faults"] = faults
+SPEC.loader.exec_module(faults)
+
+KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
+CONFIG = Config(regions=False, inner="eager", lowerings=("cpu",))
+THRESHOLD = 1e-4  # of logits up to about 4; all rewrites together are off by less than 1e-5
+ALL = os.environ.get("DSV4_TEST_FAULTS") == "all"
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """In place of the fixture of that name for all tests: the captured model stays."""
+
+
+@pytest.fixture(scope="module")
+def captured() -> Captured:
+    """SWA, CSA and HCA, a hash router and learned ones, MXFP4 experts; no parameter at a value that hides a mistake."""
+    torch.manual_seed(0)
+    config = DSV4Config.tiny().replace(
+        num_hidden_layers=3,
+        layer_types=KINDS,
+        mlp_layer_types=("hash_moe", "moe", "moe"),
+        hc_sinkhorn_iters=2,
+        num_nextn_predict_layers=0,
+        expert_format="mxfp4",
+        moe_intermediate_size=64,
+        swiglu_limit=1.0,
+    )
+    model = DSV4(config).eval().requires_grad_(False)
+    for p in model.parameters():
+        if p.dtype == torch.float32 and bool((p == p.flatten()[0]).all()):
+            p.add_(torch.randn_like(p) * 0.3)
+    return Captured(model, (torch.randint(0, config.vocab_size, (2, 19)),), {})
+
+
+@pytest.fixture(scope="module")
+def sites(captured: Captured) -> list[Site]:
+    """All rewrites of the model as it is."""
+    manager = PassManager(CONFIG, RULES, OPS)
+    assert logits(captured.rewritten(manager), captured.plain) < THRESHOLD / 10
+    (graph,) = manager.report.graphs
+    return graph.sites
+
+
+def needed(sites: list[Site], site: Site) -> list[str]:
+    """A rewrite and those that it takes up."""
+    parts = {s.id: s.absorbs for s in sites}
+    found, todo = [], [site.id]
+    while todo:
+        found.append(todo.pop())
+        todo.extend(parts[found[-1]])
+    return found
+
+
+def emitted(sites: list[Site], fault) -> Site:
+    """The last place in the model where the op of a fault is emitted."""
+    return next(s for s in reversed(sites) if s.op == fault.op)
+
+
+def test_there_are_many_faults_and_every_op_has_some(sites):
+    assert len(faults.FAULTS) >= 40
+    assert {f.op for f in faults.FAULTS} >= {s.op for s in sites}
+
+
+def test_verify_lets_every_right_rewrite_pass(captured, sites):
+    manager = PassManager(replace(CONFIG, verify=True, strict=True), RULES, OPS)
+    captured.rewritten(manager)
+    report = manager.report
+    assert [c for c in report.checks if c.reason] == [] and len(report.checks) == len(sites)
+
+
+def rounds(sites: list[Site]) -> list[list]:
+    """Faults that are planted at once: of fused ops one each, for none of them takes up another; all others alone."""
+    fused = {s.op for s in sites if s.fusion.startswith("fuse.")}
+    kinds = [[f for f in faults.FAULTS if f.op == op] for op in sorted(fused)]
+    together = [[f for f in some if f is not None] for some in itertools.zip_longest(*kinds)]
+    return together + [[f] for f in faults.FAULTS if f.op not in fused]
+
+
+def test_verify_catches_the_faults(captured, sites):
+    missed = []
+    for some in rounds(sites):
+        places = {f: emitted(sites, f) for f in some}
+        with ExitStack() as stack, warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            wrong = [stack.enter_context(faults.planted(f)) for f in some]
+            chosen = tuple({i for site in places.values() for i in needed(sites, site)})
+            manager = PassManager(replace(CONFIG, verify=True, sites=chosen), RULES, (*OPS, *wrong))
+            graph = copied(captured.slots[0].graph)
+            with fake_mode(graph):
+                manager(graph)
+        refused = {c.site for c in manager.report.mismatches}
+        missed += [f.name for f, site in places.items() if site.id not in refused]
+        assert len(told) == len(refused) and all("does not compute the same" in str(w.message) for w in told)
+        assert len(refused) + sum(graph.find_nodes(op="call_function", target=w.target) != [] for w in wrong) == len(
+            some
+        )
+    print(f"\nverify caught {len(faults.FAULTS) - len(missed)} of {len(faults.FAULTS)}; missed: {missed}")
+    assert len(missed) <= 0.05 * len(faults.FAULTS)
+
+
+def hunt(captured: Captured, plants: list[tuple[object, str]]) -> Bisection:
+    with ExitStack() as stack:
+        wrong = [stack.enter_context(faults.planted(f, layer)) for f, layer in plants]
+        return Hunt(captured, CONFIG, RULES, (*OPS, *wrong), logits, 500).run("logits", THRESHOLD)
+
+
+def named(found: Bisection) -> list[Site]:
+    return [s for g in found.guilty for s in g.sites]
+
+
+def bound(found: Bisection) -> int:
+    """Compiles that a search may take, the contributions of the members of a group included."""
+    log = math.ceil(math.log2(found.sites))
+    return sum(len(g.sites) * (log + 2) + (len(g.sites) if len(g.sites) > 1 else 0) for g in found.guilty) + 2
+
+
+def check(captured: Captured, plants: list[tuple[object, str]]) -> Bisection:
+    """Hunt, and hold what was found against what was planted."""
+    found = hunt(captured, plants)
+    for site in named(found):
+        assert any(site.op.endswith(f.op) and site.layer == layer for f, layer in plants), f"{site} is innocent"
+    assert found.value <= THRESHOLD or named(found), found
+    assert found.rest <= THRESHOLD and found.compiles <= bound(found), found
+    return found
+
+
+BY_NAME = {f.name: f for f in faults.FAULTS}
+SOME = [
+    ["attention: off-by-one window"],
+    ["moe: scales of the next block", "mhc_pre: comb transposed"],
+]
+
+
+@pytest.mark.parametrize("names", SOME, ids=str)
+def test_bisect_names_the_faults(captured, sites, names):
+    plants = [(BY_NAME[n], emitted(sites, BY_NAME[n]).layer) for n in names]
+    found = check(captured, plants)
+    assert {(s.op.split("_", 2)[2], s.layer) for s in named(found)} == {(f.op, layer) for f, layer in plants}
+    assert all(g.value > THRESHOLD for g in found.guilty)
+    print(f"\n{found}\nbound: {bound(found)}")
+
+
+if ALL:
+    PAIRS = list(itertools.combinations(faults.FAULTS[::5], 2))[::5]
+
+    @pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda f: f.name)
+    def test_bisect_names_every_fault_that_shows(captured, sites, fault):
+        found = check(captured, [(fault, emitted(sites, fault).layer)])
+        print(
+            f"\n{fault.name}: {found.value:.1e}, {len(named(found))} named, {found.compiles} of {bound(found)} compiles"
+        )
+
+    @pytest.mark.parametrize("pair", PAIRS, ids=lambda p: " + ".join(f.name for f in p))
+    def test_bisect_names_pairs_of_faults(captured, sites, pair):
+        found = check(captured, [(f, emitted(sites, f).layer) for f in pair])
+        print(f"\n{len(named(found))} named, {found.compiles} of {bound(found)} compiles")
