@@ -76,6 +76,8 @@ def in_graph(gm: torch.fx.GraphModule) -> dict[str, int]:
         if node.target is torch.ops.higher_order.invoke_subgraph:
             found.update(in_graph(getattr(gm, node.args[0].target)))
             continue
+        if node.op == "placeholder":  # a parameter: on its way to a body
+            continue
         for path, kind in (node.meta.get("nn_module_stack") or {}).values():
             name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
             if name in HOLDS:

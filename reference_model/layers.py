@@ -1,4 +1,4 @@
-"""The parts that every block is made of: linears in all weight formats, RMSNorm, RoPE, and index lists.
+"""The parts that every block is made of: linears in all weight formats, grouped products, RMSNorm, RoPE, and index lists.
 
 Shapes: B batch, T tokens of the call, D hidden size, d head dim, dr rotary dims. Whatever needs precision is computed in
 `acc`: at least fp32, so that a model cast to fp64 is its own oracle.
@@ -152,3 +152,36 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 def put(x: Tensor, index: Tensor, rows: Tensor) -> None:
     """Write rows [B, T, C] into x [B, S, C] in place, at index [B, T] int64."""
     x[torch.arange(x.shape[0], device=x.device).unsqueeze(1), index] = rows.to(x.dtype)
+
+
+def grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
+    """x [M, K] in groups of rows, group e up to row ends[e], times w[e]^T of w [X, J, K] -> [M, J].
+
+    `F.grouped_mm` is bf16 only when traced, and wants rows of a multiple of 16 bytes: odd sizes are padded.
+    """
+    if x.dtype != torch.bfloat16:
+        return blocked_mm(x, w, ends)
+    J, K = w.shape[-2:]
+    if K % 8 or J % 8:
+        x, w = F.pad(x, (0, -K % 8)), F.pad(w, (0, -K % 8, 0, -J % 8))
+    return F.grouped_mm(x, w.transpose(-1, -2), offs=ends)[:, :J]
+
+
+def blocked_mm(x: Tensor, w: Tensor, ends: Tensor, block: int = 32) -> Tensor:
+    """`grouped_mm` for any dtype: groups are cut into blocks of rows, at most M // block + X of them, and each block
+    is multiplied with its own copy of its group's matrix."""
+    M, X = x.shape[0], w.shape[0]
+    starts = F.pad(ends[:-1], (1, 0))
+    block_ends = ((ends - starts + block - 1) // block).cumsum(0)  # [X]
+    block_starts = F.pad(block_ends[:-1], (1, 0))
+    number = torch.arange(M // block + X, device=x.device)
+    group = torch.searchsorted(block_ends, number, right=True).clamp(max=X - 1)  # of each block
+    first = starts[group] + (number - block_starts[group]) * block  # its first row
+    row = first.unsqueeze(1) + torch.arange(
+        block, device=x.device
+    )  # [blocks, block]; what runs over is never read back
+    y = x[row.clamp(max=M - 1)] @ w[group].transpose(-1, -2)  # [blocks, block, J]
+    row = torch.arange(M, device=x.device)
+    group = torch.searchsorted(ends, row, right=True)
+    place = row - starts[group]
+    return y[block_starts[group] + place // block, place % block]

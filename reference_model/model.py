@@ -9,12 +9,28 @@ Attention reads the last W raw keys and, in two of the three kinds of layer, com
 every m = 4 tokens (CSA) or all of one every m = 128 (HCA).
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import DSV4Config, rope_frequencies
-from .layers import Exact, ExpertLinear, Frequencies, Linear, RMSNorm, acc, exact_dtype, put, rms_norm, rope, take
+from .layers import (
+    Exact,
+    ExpertLinear,
+    Frequencies,
+    Linear,
+    RMSNorm,
+    acc,
+    exact_dtype,
+    grouped_mm,
+    put,
+    rms_norm,
+    rope,
+    take,
+)
 from .state import Chunk, CompressorState, LayerState, Selection, State, Windows
 
 SWA, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
@@ -325,39 +341,6 @@ class Experts(nn.Module):
         return (y * gate.unsqueeze(-1)).sum(1)
 
 
-def grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    """x [M, K] in groups of rows, group e up to row ends[e], times w[e]^T of w [X, J, K] -> [M, J].
-
-    `F.grouped_mm` is bf16 only when traced, and wants rows of a multiple of 16 bytes: odd sizes are padded.
-    """
-    if x.dtype != torch.bfloat16:
-        return blocked_mm(x, w, ends)
-    J, K = w.shape[-2:]
-    if K % 8 or J % 8:
-        x, w = F.pad(x, (0, -K % 8)), F.pad(w, (0, -K % 8, 0, -J % 8))
-    return F.grouped_mm(x, w.transpose(-1, -2), offs=ends)[:, :J]
-
-
-def blocked_mm(x: Tensor, w: Tensor, ends: Tensor, block: int = 32) -> Tensor:
-    """`grouped_mm` for any dtype: groups are cut into blocks of rows, at most M // block + X of them, and each block
-    is multiplied with its own copy of its group's matrix."""
-    M, X = x.shape[0], w.shape[0]
-    starts = F.pad(ends[:-1], (1, 0))
-    block_ends = ((ends - starts + block - 1) // block).cumsum(0)  # [X]
-    block_starts = F.pad(block_ends[:-1], (1, 0))
-    number = torch.arange(M // block + X, device=x.device)
-    group = torch.searchsorted(block_ends, number, right=True).clamp(max=X - 1)  # of each block
-    first = starts[group] + (number - block_starts[group]) * block  # its first row
-    row = first.unsqueeze(1) + torch.arange(
-        block, device=x.device
-    )  # [blocks, block]; what runs over is never read back
-    y = x[row.clamp(max=M - 1)] @ w[group].transpose(-1, -2)  # [blocks, block, J]
-    row = torch.arange(M, device=x.device)
-    group = torch.searchsorted(ends, row, right=True)
-    place = row - starts[group]
-    return y[block_starts[group] + place // block, place % block]
-
-
 class MoE(nn.Module):
     """Router, routed experts and the shared expert."""
 
@@ -394,6 +377,27 @@ class Step:
                 entry = torch.arange(windows.count, device=chunk.start.device)
                 self.all_entries = torch.where(entry < windows.visible.unsqueeze(-1), entry, -1)  # [B, T, E]
 
+    def parts(self, kind: str) -> tuple[Any, ...]:
+        """What a layer of this kind needs, as `Parts`."""
+        shared = *self.chunk.parts(), self.window, *self.rope["main" if kind == SWA else "compress"]
+        if kind == SWA:
+            return shared
+        shared = *shared, *self.windows[kind].parts(), *self.window_rope[kind]
+        return (*shared, self.all_entries) if kind == HCA else shared
+
+    @classmethod
+    def of(cls, kind: str, parts: Iterator[Any]) -> "Step":
+        """The opposite of `parts`."""
+        step = cls.__new__(cls)
+        step.chunk, step.window = Chunk.of(parts), next(parts)
+        step.rope = {"main" if kind == SWA else "compress": (next(parts), next(parts))}
+        if kind != SWA:
+            step.windows = {kind: Windows.of(parts)}
+            step.window_rope = {kind: (next(parts), next(parts))}
+        if kind == HCA:
+            step.all_entries = next(parts)
+        return step
+
 
 class Block(nn.Module):
     """One layer: mHC around attention, mHC around the experts."""
@@ -407,7 +411,6 @@ class Block(nn.Module):
         self.hc_attn = HyperConnection(config)
         self.hc_ffn = HyperConnection(config)
 
-    @torch.compiler.nested_compile_region  # layers of one kind are compiled once
     def forward(
         self,
         X: Tensor,
@@ -417,13 +420,27 @@ class Block(nn.Module):
         expert: Tensor | None = None,
         entries: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # X [B, T, n, D]; `expert` and `entries` replay a selection
+        memory = () if state is None else state.parts()
+        found = self.region(X, tokens, expert, entries, state is not None, *step.parts(self.attn.kind), *memory)
+        return *found, *[None] * (3 - len(found))
+
+    @torch.compiler.nested_compile_region  # layers of one kind are compiled once
+    def region(
+        self, X: Tensor, tokens: Tensor, expert: Tensor | None, entries: Tensor | None, remembers: bool, *parts: Any
+    ) -> tuple[Tensor, ...]:
+        """`forward` on the parts of its step and state; a region may return new tensors only."""
+        rest = iter(parts)
+        step = Step.of(self.attn.kind, rest)
+        state = LayerState.of(rest) if remembers else None
         x, post, comb = self.hc_attn(X)
         y, picked = self.attn(self.attn_norm(x), step, state, entries)
         X = reconnect(X, y, post, comb)
         x, post, comb = self.hc_ffn(X)
         y, chosen = self.ffn(self.ffn_norm(x), tokens, expert)
         X = reconnect(X, y, post, comb)
-        return (X, chosen, picked) if expert is None else (X, None, None)  # a region may not return its inputs
+        if expert is not None:
+            return (X,)
+        return (X, chosen) if picked is None else (X, chosen, picked)
 
 
 class MTP(Block):

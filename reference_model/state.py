@@ -6,7 +6,9 @@ nothing reads. Shapes: B batch, T tokens of the call, W sliding window, m tokens
 entry is made of.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -15,13 +17,32 @@ from .config import DSV4Config
 from .layers import put, take
 
 
+class Parts:
+    """Something that comes apart into tensors, numbers and None, and back. Dynamo compares those from layer to layer and
+    traces a kind of layer once; of layers that take whole objects it traces every one."""
+
+    names: ClassVar[tuple[str, ...]]
+
+    def parts(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in self.names)
+
+    @classmethod
+    def of(cls, parts: Iterator[Any]) -> Self:
+        """The object of the next parts."""
+        made = cls.__new__(cls)
+        for name in cls.names:
+            setattr(made, name, next(parts))
+        return made
+
+
 @dataclass
-class CompressorState:
+class CompressorState(Parts):
     """Rows not yet compressed, and the entries so far.
 
     values, gates [B, R + draft, C] (at least fp32), entries [B, ceil(max_len / m) + 1, d], the last row being scratch.
     """
 
+    names = "values", "gates", "entries"
     values: Tensor
     gates: Tensor
     entries: Tensor
@@ -34,6 +55,15 @@ class LayerState:
     kv: Tensor
     compressor: CompressorState | None = None
     indexer: CompressorState | None = None
+
+    def parts(self) -> tuple[Any, ...]:
+        memories = [m for m in (self.compressor, self.indexer) if m is not None]
+        return self.kv, len(memories), *(part for m in memories for part in m.parts())
+
+    @staticmethod
+    def of(parts: Iterator[Any]) -> "LayerState":
+        kv, count = next(parts), next(parts)
+        return LayerState(kv, *[CompressorState.of(parts) for _ in range(count)])
 
 
 @dataclass
@@ -90,12 +120,14 @@ class Selection:
     entries: list[Tensor | None] = field(default_factory=list)
 
 
-class Chunk:
+class Chunk(Parts):
     """The T tokens of one call: where they stand, where their rows go, and where earlier rows are found.
 
     start [B]: tokens seen before; lengths [B] or None: how many of the T are real, row by row. `state` None: a call
     without memory, which starts at 0 and sees only itself.
     """
+
+    names = "T", "start", "lengths", "draft", "token", "position", "end"
 
     def __init__(self, T: int, start: Tensor, lengths: Tensor | None, draft: int | None):
         self.T, self.start, self.lengths, self.draft = T, start, lengths, draft
@@ -147,7 +179,7 @@ class Chunk:
             ring.copy_(torch.where((p >= start).unsqueeze(-1), take(new, p - start).to(ring.dtype), ring))
 
 
-class Windows:
+class Windows(Parts):
     """The compressor windows of m tokens that a chunk may close: n = ceil(T / m) of them from `start // m` on (no chunk
     can close more).
 
@@ -155,6 +187,8 @@ class Windows:
     position of the window's first token. slot [B, n]: row of the pool. visible [B, T]: entries that each query may see,
     its own window's included if the query closes it. count: entries in the pool.
     """
+
+    names = "count", "index", "first", "slot", "visible"
 
     def __init__(self, chunk: Chunk, m: int, overlap: bool, max_len: int | None):
         n, R = -(-chunk.T // m), (1 + overlap) * m

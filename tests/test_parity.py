@@ -132,7 +132,7 @@ def margins(model: DSV4, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
     def indexer(module, args):
         score = module.score(*args)
-        visible = args[2].windows[module.m].visible.unsqueeze(-1)
+        visible = args[2].windows[CSA].visible.unsqueeze(-1)
         note(score.masked_fill(torch.arange(score.shape[-1]) >= visible, float("-inf")), module.k)
 
     hooks = []

@@ -1,0 +1,73 @@
+"""Compile time against the number of layers: the tiny model's kinds of layer, in 6 layers and in 61.
+
+    python -P benchmarks/scaling.py [--phase decode|prefill] [--layers 6,61]
+
+Each size compiles anew, past all caches, with inner="eager": Dynamo, AOT and our passes, no generated code. Times are CPU
+seconds of this process, so that other work on the machine does not count; the first size runs once before it is measured.
+"""
+
+import argparse
+import time
+from functools import partial
+
+import torch
+from torch._dynamo.utils import compilation_time_metrics
+
+from dsv4_compile.backend import backend
+from dsv4_compile.reference_model import DSV4, DSV4Config
+
+SHOWN = {
+    "Dynamo": "bytecode_tracing",
+    "AOT": "create_aot_dispatcher_function",
+    "our passes": "pass.joint_graph_passes.joint_custom_pre_pass",
+}
+
+
+def model(layers: int) -> DSV4:
+    """The kinds of tiny, over and over: 5 kinds of layer, of which 2 use the hash router."""
+    tiny = DSV4Config.tiny()
+    kinds = [tiny.layer_types[i % 6] for i in range(layers)]
+    routers = ["hash_moe"] * 2 + ["moe"] * (layers - 2)
+    config = tiny.replace(
+        num_hidden_layers=layers,
+        layer_types=tuple(kinds),
+        mlp_layer_types=tuple(routers),
+        hc_sinkhorn_iters=2,
+        num_nextn_predict_layers=0,
+    )
+    torch.manual_seed(0)
+    return DSV4(config).eval().requires_grad_(False)
+
+
+def measure(layers: int, phase: str) -> str:
+    torch._dynamo.reset()
+    compilation_time_metrics.clear()
+    net, reports = model(layers), []
+    how = partial(backend, options={"inner": "eager"}, observe=reports.append)
+    compiled = torch.compile(net, backend=how, fullgraph=True, dynamic=False)
+    tokens, state = torch.arange(19 if phase == "prefill" else 1).unsqueeze(0), net.new_state(1, 64)
+    start = time.process_time()
+    with torch.no_grad():
+        compiled(tokens, state)
+    seconds = time.process_time() - start
+    parts = [f"{name} {sum(compilation_time_metrics.get(key, [0])):.1f}" for name, key in SHOWN.items()]
+    traced = len(compilation_time_metrics.get("invoke_subgraph_trace", []))
+    graphs = ", ".join(f"{g.nodes_before} x {g.calls}" for g in reports[0].graphs)
+    return f"{layers} layers: {seconds:.1f} CPU s ({', '.join(parts)} s wall; {traced} layers traced); graphs {graphs}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--phase", choices=("prefill", "decode"), default="decode")
+    parser.add_argument("--layers", default="6,61")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    sizes = [int(n) for n in asked.layers.split(",")]
+    print(torch.__version__, asked.phase)
+    measure(sizes[0], asked.phase)  # rules are traced on their first use
+    for layers in sizes:
+        print(measure(layers, asked.phase), flush=True)
+
+
+if __name__ == "__main__":
+    main()
