@@ -381,8 +381,14 @@ def size_node(graph: fx.Graph, size: Any) -> Any:
         return size
     symbols = {s: fx.Proxy(_symbol_node(graph, s)) for s in size.node.expr.free_symbols}
     result = sympy_interp(PythonReferenceAnalysis, symbols, size.node.expr)
-    node = result.node
-    node.meta["val"] = size
+    return _valued(result.node)
+
+
+def _valued(node: Node) -> Node:
+    """Give an arithmetic node, and those that it is computed from, their sizes."""
+    if "val" not in node.meta:
+        arithmetic: Any = node.target
+        node.meta["val"] = arithmetic(*fx.node.map_arg(node.args, lambda n: value(_valued(n))))
     return node
 
 

@@ -218,6 +218,7 @@ class Search:
 
     def number(self, p: Any, m: Any, binding: Binding, key: str = "") -> bool:
         """A literal of the pattern against one of the graph."""
+        m = value(m) if isinstance(m, Node) and not is_tensor(m) else m  # a symbolic size in a list
         if isinstance(p, (list, tuple)):
             same = isinstance(m, (list, tuple)) and len(p) == len(m)
             same = same and all(self.number(i, j, binding, key) for i, j in zip(p, m, strict=True))

@@ -8,7 +8,7 @@ import torch
 from dsv4_compile.lowerings.attention import attention, dense_attention
 from dsv4_compile.lowerings.pointwise import softmax
 from dsv4_compile.match import Made, Match, Scalar, T, rule, shape
-from dsv4_compile.patterns.masks import index_lists, without_head
+from dsv4_compile.patterns.masks import between, index_lists, without_head
 
 LIST = torch.int64
 QUERY = dict(q=T(3, 5, 6, 7), keys=T(3, 11, 7), window=T(3, 5, 13, dtype=LIST), sink=T(6))
@@ -103,9 +103,11 @@ def heads_inside(q):
 
 def listed(match: Match) -> bool | str:
     a = match.arguments
-    lists = index_lists(a["q"], a.pop("rows"), a.pop("mask"))
+    rows, mask = a.pop("rows"), a.pop("mask")
+    lists = index_lists(a["q"], rows, mask)
     if isinstance(lists, str):
         return lists
+    match.inner = (*match.inner, *between((rows, mask), lists))  # it is known of them what they compute
     a |= lists | {"q": Made(heads_inside, (a["q"],)), "sink_on_window": False}
     return True
 

@@ -82,6 +82,19 @@ def _lists(q: Node, near: tuple[Node, Columns], far: tuple[Node, Columns] | None
     return found | {"entries": Made(without_head, (far[0],)), "index": index} if window and index else None
 
 
+def between(nodes: Sequence[Node], lists: Lists) -> list[Node]:
+    """What `nodes` are computed by, down to what the lists are made of."""
+    made_of = {n for a in lists.values() if isinstance(a, Made) for i in a.inputs for n in (i, strip(i))}
+    found: dict[Node, None] = {}
+    todo = list(nodes)
+    while todo:
+        n = todo.pop()
+        if n.op == "call_function" and n not in made_of and n not in found:
+            found[n] = None
+            todo.extend(n.all_input_nodes)
+    return list(found)
+
+
 def without_head(x):
     return x.squeeze(1)
 
@@ -159,6 +172,8 @@ def chosen(q: Node, c: Columns) -> Made | None:
     test = strip(present)
     same = head(test) == "aten.ge" and strip(test.args[0]) is strip(index) and is_number(test.args[1], 0)
     B, _, T, _ = shape(q)
+    if not distinct(index):
+        return None
     fits = broadcast(shape(index), (B, T, shape(place)[-1])) and broadcast((B, 1, T, shape(index)[-1]), shape(place))
     if not (same and fits and known(c.start == 0) and is_number(elsewhere, c.end)):
         return None
@@ -167,6 +182,15 @@ def chosen(q: Node, c: Columns) -> Made | None:
         return index.expand(q.shape[0], q.shape[2], -1)
 
     return Made(as_list, (index, q))
+
+
+def distinct(index: Node) -> bool:
+    """Places that a topk chose, some of them put out by -1: a mask says once what a list may say twice."""
+    n = strip(index)
+    if head(n) == "aten.where":
+        _, yes, no = operands(n)
+        n = strip(no if is_number(yes, -1) else yes if is_number(no, -1) else n)
+    return head(n) == "getitem" and operands(n)[1] == 1 and head(operands(n)[0]) == "aten.topk"
 
 
 def operands(call: Node) -> tuple[Any, ...]:

@@ -278,27 +278,33 @@ def test_a_constant_sliding_mask_becomes_lists(rewritten):
 
 def test_chosen_and_permitted_entries_become_lists(rewritten):
     core, q, x = drawn(S=T + 5)
-    index = torch.stack([torch.randperm(5)[:3] for _ in range(B * T)]).view(B, T, 3)
-    index[:, :4, 1:] = -1
-    number = torch.arange(T).view(1, T) // 2
+    score, number = torch.randn(B, T, 5), torch.arange(T).view(1, T) // 2
 
     def attend(q, x, bias):
         return core(q, torch.cat([x[:, :, :T], x[:, :, T:]], 2), torch.cat([additive(sliding(4)), bias], -1))
 
-    def chosen(q, x, index, number):
+    def placed(q, x, index):
         place = torch.where(index >= 0, index, torch.full_like(index, 5)).unsqueeze(1)
         bias = q.new_full((B, 1, T, 6), float("-inf")).scatter_(-1, place, 0.0)[..., :5]
         return attend(q, x, bias)
 
-    def permitted(q, x, index, number):
+    def chosen(q, x, score, number):
+        index = score.topk(3).indices
+        return placed(q, x, torch.where(index >= number.unsqueeze(-1), torch.full_like(index, -1), index))
+
+    def repeated(q, x, score, number):
+        """A row that a list names twice counts twice, in a mask once."""
+        return placed(q, x, (2 * score).long().clamp(-1, 4))
+
+    def permitted(q, x, score, number):
         late = torch.arange(5).view(1, 1, 1, 5) >= number[:, None, :, None]
         bias = q.new_zeros(B, 1, T, 5).masked_fill(late, float("-inf"))
         return attend(q, x, bias)
 
-    for f in (chosen, permitted):
-        got, report = rewritten(f, q, x, index, number)
-        assert ran(report) == {"attention"}, report
-        close(got, f(q, x, index, number))
+    for f, op in ((chosen, "attention"), (permitted, "attention"), (repeated, "dense_attention")):
+        got, report = rewritten(f, q, x, score, number)
+        assert ran(report) == {op}, report
+        close(got, f(q, x, score, number))
 
 
 def test_the_mask_of_a_step(rewritten):
