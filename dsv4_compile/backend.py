@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import config as configuration
-from .errors import GRADIENTS, NO_COMPILER, DSV4Warning, NoCompiler, SitesMissing
+from .errors import FLOATS_ARE_INPUTS, GRADIENTS, NO_COMPILER, DSV4Warning, NoCompiler, SitesMissing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,6 +62,7 @@ def build(
         keep_source_lines(gm)
     file = None if "force_disable_caches" in patches else stored.place(gm, example_inputs, config)
     manager.report.sites = sites.in_graph(gm)
+    manager.report.hint = FLOATS_ARE_INPUTS if takes_floats(gm) else ""
     if needs_gradients(gm, example_inputs):
         manager.report.skipped = GRADIENTS
         warnings.warn(GRADIENTS, DSV4Warning, stacklevel=2)
@@ -109,6 +110,14 @@ def needs_gradients(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> bool:
         return False
     outputs = [n.meta.get("example_value") for n in gm.graph.output_node().all_input_nodes]
     return any(o is None or (isinstance(o, torch.Tensor) and o.requires_grad) for o in outputs)
+
+
+def takes_floats(gm: torch.fx.GraphModule) -> bool:
+    """Whether Dynamo made a Python float an input, as dynamic=True has it."""
+    given = (n.meta.get("grapharg") for n in gm.graph.find_nodes(op="placeholder"))
+    values = (n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder"))
+    floats = (isinstance(v, torch.Tensor) and v.dim() == 0 and v.dtype == torch.float64 for v in values)
+    return any(f and getattr(g, "pass_arg_as_tensor", False) for f, g in zip(floats, given, strict=True))
 
 
 def chosen_inner(asked: str | None, inputs: Sequence[Any]) -> str:

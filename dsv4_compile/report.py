@@ -107,6 +107,7 @@ class Report:
     sites: Mapping[str, int] = field(default_factory=dict)
     fusions: tuple[str, ...] = ()
     off: tuple[str, ...] = ()  # passes that were not to run
+    hint: str = ""  # what keeps patterns from matching, and what to do
     skipped: str = ""  # why there were no rewrites at all
     stored: bool = False  # read from a file that an earlier compile wrote
     kinds: Mapping[str, str] = field(default_factory=dict)  # layer -> its kind
@@ -192,6 +193,7 @@ class Report:
         self.fusions = self.fusions or other.fusions
         self.off = self.off or other.off
         self.skipped = self.skipped or other.skipped
+        self.hint = self.hint or other.hint
 
     def __str__(self) -> str:
         from .table import text

@@ -92,6 +92,8 @@ def _lines(report: Report) -> list[str]:
     if report.checks:
         lines += ["", f"verify: {len(report.checks)} rewrites tried, {len(report.mismatches)} left out as wrong"]
         lines += [f"  {c}" for c in report.checks if c.reason]
+    if report.hint:
+        lines += ["", report.hint]
     misses = report.misses
     if misses:
         lines += ["", f"near misses ({min(SHOWN, len(misses))} of {len(misses)})", *(f"  {m}" for m in misses[:SHOWN])]
