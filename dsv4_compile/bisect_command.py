@@ -5,16 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-Option = typer.Option
-Model = Annotated[
-    Path | None,
-    Option(metavar="DIR", help="Checkpoint folder or .safetensors file; the packaged nano if left out."),
-]
+from .arguments import Device, Disable, Dtype, Lowerings, Model, Option, plainly
+
 Prompt = Annotated[str, Option(help="Text that the model reads, in one call.")]
-Device = Annotated[str | None, Option(help="cpu, cuda or cuda:N; CUDA where there is one.")]
-Dtype = Annotated[str | None, Option(help="Compute dtype; float32 on CPU, as stored on CUDA.")]
-Disable = Annotated[str | None, Option(metavar="GLOBS", help="Passes to leave out, such as 'fuse.moe,raise.*'.")]
-Lowerings = Annotated[str | None, Option(metavar="GLOBS", help="Devices whose implementations run ops.")]
 
 PROMPT = "def largest(values):\n    "
 
@@ -36,7 +29,7 @@ def bisect(
     from .errors import DSV4Error
     from .inputs import InputError
 
-    try:
+    with plainly(InputError, DSV4Error):
         loaded, tokens, options = prepared(model, prompt, device, dtype, disable, lowerings)
         place = repr(str(model.resolve())) if model is not None else "nano.CHECKPOINT"
         source = f"reference_model.load({place}, {str(tokens.device)!r}, {loaded.embed.weight.dtype})"
@@ -50,9 +43,6 @@ def bisect(
             script=script,
             source=f"{source}.requires_grad_(False)",
         )
-    except (InputError, DSV4Error) as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
-        raise typer.Exit(2) from None
     typer.echo(str(result))
     if result.guilty or result.spent:
         raise typer.Exit(1)
@@ -71,12 +61,9 @@ def shadow(
     from .inputs import InputError
     from .shadowing import shadow as watch
 
-    try:
+    with plainly(InputError, DSV4Error):
         loaded, tokens, options = prepared(model, prompt, device, dtype, disable, lowerings)
         result = watch(loaded, tokens, options=options)
-    except (InputError, DSV4Error) as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
-        raise typer.Exit(2) from None
     typer.echo(str(result))
     if result.failed:
         raise typer.Exit(1)

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
+from .arguments import Device, Disable, Dtype, Lowerings, Model, Option, Passes, Strict, plainly
 from .bisect_command import bisect, shadow
 from .cache.command import app as cache_app
 from .explain_command import explain
 
-Option = typer.Option
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(cache_app, name="cache")
 app.command()(explain)
@@ -26,23 +26,18 @@ def dsv4() -> None:
 
 @app.command()
 def run(
-    model: Annotated[
-        Path | None,
-        Option(metavar="DIR", help="Checkpoint folder or .safetensors file; the packaged nano if left out."),
-    ] = None,
+    model: Model = None,
     prompt: Annotated[str, Option(help="Text to continue.")] = "def ",
     max_new_tokens: Annotated[int, Option(help="Tokens to generate.")] = 128,
     temperature: Annotated[float, Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, Option(help="Seed of the sampling.")] = 0,
-    device: Annotated[str | None, Option(help="cpu, cuda or cuda:N; CUDA where there is one.")] = None,
-    dtype: Annotated[str | None, Option(help="Compute dtype; float32 on CPU, as stored on CUDA.")] = None,
-    passes: Annotated[str | None, Option(metavar="GLOBS", help="Passes to run; all if left out.")] = None,
-    disable: Annotated[
-        str | None, Option(metavar="GLOBS", help="Passes to leave out, such as 'fuse.moe,raise.*'.")
-    ] = None,
-    lowerings: Annotated[str | None, Option(metavar="GLOBS", help="Devices whose implementations run ops.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    passes: Passes = None,
+    disable: Disable = None,
+    lowerings: Lowerings = None,
     mode: Annotated[str | None, Option(help="Preset: decode, prefill or debug.")] = None,
-    strict: Annotated[bool, Option("--strict", help="Fail if a fusion does not find all its places.")] = False,
+    strict: Strict = False,
     verify: Annotated[bool, Option("--verify", help="Try every rewrite, and leave out those that are wrong.")] = False,
     cache_dir: Annotated[str | None, Option(metavar="DIR", help="Where reports are kept for warm starts.")] = None,
     inner: Annotated[
@@ -58,14 +53,11 @@ def run(
     from .screen import Screen
 
     screen = Screen()
-    try:
+    with plainly(InputError):
         check_writable(report, "--report")
         job = Ask(model, prompt, max_new_tokens, temperature, seed, device, dtype, compare=compare)
         job = replace(job, passes=passes, disable=disable, lowerings=lowerings, mode=mode, strict=strict or None)
         result = do(replace(job, verify=verify or None, cache_dir=cache_dir, inner=inner), screen)
-    except InputError as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
-        raise typer.Exit(2) from None
     screen.table(result)
     if report is not None:
         report.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

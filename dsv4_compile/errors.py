@@ -137,6 +137,7 @@ class CacheEntryBad(DSV4Error):
     """A cache entry that is not what it says: cut short, changed, or put under another name."""
 
     def __init__(self, file: Path, why: str):
+        self.why = why
         super().__init__(f"cache entry {file}: {why}. It is put aside and built again; nothing was loaded from it.")
 
 

@@ -7,30 +7,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .arguments import Device, Disable, Dtype, Lowerings, Model, Option, Passes, Strict, plainly
+
 if TYPE_CHECKING:
     from .report import Report
 
-Option = typer.Option
 PHASES = ("prefill", "decode")
 
 
 def explain(
-    model: Annotated[
-        Path | None,
-        Option(metavar="DIR", help="Checkpoint folder or .safetensors file; the packaged nano if left out."),
-    ] = None,
+    model: Model = None,
     phase: Annotated[
         str, Option(help="prefill: one call of --length tokens; decode: one token after as many.")
     ] = "prefill",
     length: Annotated[int, Option(help="Tokens.")] = 512,
-    device: Annotated[str | None, Option(help="cpu, cuda or cuda:N; CUDA where there is one.")] = None,
-    dtype: Annotated[str | None, Option(help="Compute dtype; float32 on CPU, as stored on CUDA.")] = None,
-    passes: Annotated[str | None, Option(metavar="GLOBS", help="Passes to run.")] = None,
-    disable: Annotated[
-        str | None, Option(metavar="GLOBS", help="Passes to leave out, such as 'fuse.moe,raise.*'.")
-    ] = None,
-    lowerings: Annotated[str | None, Option(metavar="GLOBS", help="Devices whose implementations run ops.")] = None,
-    strict: Annotated[bool, Option("--strict", help="Fail if a fusion does not find all its places.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    passes: Passes = None,
+    disable: Disable = None,
+    lowerings: Lowerings = None,
+    strict: Strict = False,
     diff: Annotated[
         str | None, Option(metavar="GLOBS", help="Show what these passes, or 'lower', did to each graph.")
     ] = None,
@@ -44,12 +40,9 @@ def explain(
     from .inputs import InputError, check_writable
 
     asked = {"passes": passes, "disable": disable, "lowerings": lowerings, "strict": strict or None, "diff": diff}
-    try:
+    with plainly(InputError, DSV4Error):
         check_writable(out, "--json")
         report = described(model, phase, length, device, dtype, asked, (machine, tflops, bandwidth))
-    except (InputError, DSV4Error) as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
-        raise typer.Exit(2) from None
     typer.echo(str(report))
     if out is not None:
         out.write_text(json.dumps(content(report), indent=2) + "\n", encoding="utf-8")

@@ -7,8 +7,6 @@ never the compile.
 
 import hashlib
 import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -17,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .cache.store import write_whole
 from .config import Config
 from .identity import identity
 from .match import NearMiss
@@ -45,10 +44,7 @@ def save(report: Report, file: Path) -> None:
     content = json.dumps({"version": VERSION, **encoded(report)})
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent, suffix=".part")
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            out.write(content)
-        os.replace(name, file)
+        write_whole(file, content.encode())
     except OSError:
         return
 

@@ -22,12 +22,6 @@ def _(N, D):
     return Cost(flops=4 * N * D, read=2 * N * D + 4 * D, write=2 * N * D)
 
 
-@rms_norm.sizes
-def _(a):
-    *lead, D = a.x.shape
-    return dict(N=math.prod(lead), D=D)
-
-
 @op("dsv4::unit_norm")
 def unit_norm(x: Tensor, eps: float) -> Tensor:
     """RMSNorm without a weight: x / sqrt(mean(x^2) + eps) over the last axis; x [..., D] -> [..., D] of x's dtype."""
@@ -40,6 +34,7 @@ def _(N, D):
     return Cost(flops=3 * N * D, read=2 * N * D, write=2 * N * D)
 
 
+@rms_norm.sizes
 @unit_norm.sizes
 def _(a):
     *lead, D = a.x.shape

@@ -44,7 +44,7 @@ def unpack(store: Store, file: Path) -> tuple[int, int]:
             try:
                 found.append(staged.checked(about))
             except CacheEntryBad as bad:
-                raise CacheArchiveBad(file, str(bad).split(": ", 1)[1].split(". It is")[0]) from None
+                raise CacheArchiveBad(file, bad.why) from None
         if 2 * len(found) != len(members):
             raise CacheArchiveBad(file, "it holds payloads that no entry describes")
         fresh = [(entry, data) for entry, data in found if store.peek(entry.key) is None]

@@ -2,8 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from time import time
 from typing import Annotated
@@ -13,6 +11,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from ..arguments import plainly
 from ..errors import CacheEntryBad, DSV4Error
 from . import archive
 from .key import Key, flat, nearest
@@ -27,20 +26,10 @@ SHOWN = 12  # digits of a digest
 DAY = 86400
 
 
-@contextmanager
-def plainly() -> Iterator[None]:
-    """An error of ours, or of the file system, is one line and exit code 2."""
-    try:
-        yield
-    except (DSV4Error, OSError) as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
-        raise typer.Exit(2) from None
-
-
 @app.command("ls")
 def ls(folder: Folder = None) -> None:
     """All entries."""
-    with plainly():
+    with plainly(DSV4Error, OSError):
         store = Store(folder)
         entries = list(store.entries())
         table = Table("digest", "kind", "op", "arch", "size")
@@ -55,7 +44,7 @@ def ls(folder: Folder = None) -> None:
 @app.command("show")
 def show(digest: Digest, folder: Folder = None) -> None:
     """One entry in full: its key, and what was said about it."""
-    with plainly():
+    with plainly(DSV4Error, OSError):
         e = the_entry(Store(folder), digest)
         about = {"kind": e.key.kind, "fields": e.key.fields, "size": e.size, "sha256": e.sha256, "facts": e.facts}
         print(json.dumps({"digest": e.key.digest} | about, indent=1, sort_keys=True))
@@ -67,7 +56,7 @@ def why(
     folder: Folder = None,
 ) -> None:
     """Why entries had to be built: for each miss, the nearest entry and the fields in which they differ."""
-    with plainly():
+    with plainly(DSV4Error, OSError):
         store = Store(folder)
         misses = [k for k in store.misses() if k.digest.startswith(digest or "")]
         if not misses:
@@ -89,7 +78,7 @@ def explained(key: Key, other: Key | None) -> list[str]:
 @app.command("verify")
 def verify(folder: Folder = None) -> None:
     """Check every entry; bad ones are put aside, and the exit code is 1."""
-    with plainly():
+    with plainly(DSV4Error, OSError):
         store, bad = Store(folder), 0
         files = store.files()
         for file in files:
@@ -113,7 +102,7 @@ def prune(
     folder: Folder = None,
 ) -> None:
     """Remove entries, and all that was put aside."""
-    with plainly():
+    with plainly(DSV4Error, OSError):
         store = Store(folder)
         wanted = [m.partition("=")[::2] for m in match or []]
 
@@ -136,14 +125,14 @@ def prune(
 @app.command("export")
 def export(file: Annotated[Path, typer.Argument(help="The tar file to write.")], folder: Folder = None) -> None:
     """All entries as one tar file, for another machine."""
-    with plainly():
+    with plainly(DSV4Error, OSError):
         print(f"{archive.pack(Store(folder), file)} entries written to {file}")
 
 
 @app.command("import")
 def import_(file: Annotated[Path, typer.Argument(help="A tar file of `export`.")], folder: Folder = None) -> None:
     """Take the entries of a tar file, each verified; one bad entry, and nothing is taken."""
-    with plainly():
+    with plainly(DSV4Error, OSError):
         taken, there = archive.unpack(Store(folder), file)
         print(f"{taken} entries taken, {there} were there")
 
