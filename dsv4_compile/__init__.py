@@ -12,12 +12,12 @@ __version__ = "0.1.0"
 # public name -> module of this package that defines it, or that it is
 _HOME: dict[str, str] = {
     "Config": "config",
-    "Report": "report",
-    "bisect": "bisecting",
-    "explain": "explaining",
+    "Report": "reporting.report",
+    "bisect": "accuracy.bisect",
+    "explain": "reporting.explain",
     "hf": "hf",
-    "reports": "report",
-    "shadow": "shadowing",
+    "reports": "reporting.report",
+    "shadow": "accuracy.shadow",
 }
 
 __all__ = ["__version__", *_HOME]

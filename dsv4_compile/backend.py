@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from .passes import PassManager
-    from .report import Report
+    from .reporting.report import Report
 
 
 def backend(
@@ -48,9 +48,9 @@ def build(
     """Compile with the given passes."""
     from torch._inductor.compile_fx import compile_fx
 
-    from . import sites, stored
-    from .instances import inline_regions
-    from .report import HISTORY
+    from .graphs.instances import inline_regions
+    from .reporting import sites, stored
+    from .reporting.report import HISTORY
 
     config = manager.config
     eager = chosen_inner(config.inner, example_inputs) == "eager"
@@ -84,7 +84,7 @@ def build(
 
 def with_memory(report: "Report", file: "Path | None") -> "Report":
     """Keep the report for warm starts; on a warm start, what was kept."""
-    from . import stored
+    from .reporting import stored
 
     if file is None or report.skipped:
         return report

@@ -18,12 +18,12 @@ from typing import Any, NewType
 import torch
 from torch.fx import Node
 
-from .constant import constant
 from .errors import BadRule
-from .graph import head, is_cast, is_view, known, literal, shape, strip, term, users, value, where
+from .graphs.constant import constant
+from .graphs.graph import head, is_cast, is_view, known, literal, shape, strip, term, users, value, where
+from .graphs.trace import trace
+from .graphs.unify import Binding, Pattern, Search, captured
 from .op import Op
-from .trace import trace
-from .unify import Binding, Pattern, Search, captured
 
 __all__ = [
     "Found", "Int", "Made", "Match", "NearMiss", "Rule", "Scalar", "T", "constant", "finder", "head", "is_cast", "is_view",

@@ -14,22 +14,22 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
+from .accuracy.torch_bisect import left_out
+from .accuracy.verify import Verifier
 from .config import LOWER, Config
 from .errors import BrokenGraph, DSV4Error, DSV4Warning, LoweringFailed, RuleFailed, WrongRewrite
-from .graph import canonicalise, contract, head, is_tensor, keeps, value, verify, where
+from .graphs.graph import canonicalise, contract, head, is_tensor, keeps, value, verify, where
+from .graphs.instances import module_path, number, site_id
+from .graphs.listing import difference, lines
+from .graphs.near import align
+from .graphs.regions import scales_as_bytes
+from .graphs.rewrite import Examine, Refused, inline, rewrite
+from .graphs.trace import pattern_of
+from .graphs.unify import Pattern
 from .identity import identity
-from .instances import module_path, number, site_id
-from .listing import difference, lines
 from .match import Match, NearMiss, Rule
-from .near import align
 from .op import DEVICES, Implementation, Op
-from .regions import scales_as_bytes
-from .report import GraphReport, Report
-from .rewrite import Examine, Refused, inline, rewrite
-from .torch_bisecting import left_out
-from .trace import pattern_of
-from .unify import Pattern
-from .verify import Verifier
+from .reporting.report import GraphReport, Report
 
 ROUGHLY = 0.55  # how much of a pattern must be there, differences passed over, for a place to be kept in mind
 

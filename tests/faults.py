@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 
-from dsv4_compile.instances import module_path
+from dsv4_compile.graphs.instances import module_path
 from dsv4_compile.lowerings import CONTRACTS, OPS
 from dsv4_compile.match import Rule
 from dsv4_compile.op import LIBRARY, Op, acc

@@ -13,7 +13,7 @@ from torch._inductor.utils import fresh_cache
 
 from dsv4_compile import explain, reports
 from dsv4_compile.errors import DSV4Warning
-from dsv4_compile.sites import expected
+from dsv4_compile.reporting.sites import expected
 
 needs_cxx = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor needs a C++ compiler"

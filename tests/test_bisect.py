@@ -14,16 +14,17 @@ from torch import nn
 from typer.testing import CliRunner
 
 import dsv4_compile
-from dsv4_compile import cli, metrics
-from dsv4_compile.bisecting import Hunt
-from dsv4_compile.capture import Captured
+from dsv4_compile.accuracy import metrics
+from dsv4_compile.accuracy.bisect import Hunt
+from dsv4_compile.accuracy.capture import Captured
+from dsv4_compile.accuracy.torch_bisect import torch_bisect
+from dsv4_compile.commands import cli
 from dsv4_compile.config import Config
 from dsv4_compile.errors import AlreadyWrong, TracedAgain, UnknownName
 from dsv4_compile.lowerings import OPS
 from dsv4_compile.passes import PassManager
 from dsv4_compile.patterns import RULES, norm
-from dsv4_compile.report import GraphReport, Report, Site
-from dsv4_compile.torch_bisecting import torch_bisect
+from dsv4_compile.reporting.report import GraphReport, Report, Site
 
 # The search, on paper
 

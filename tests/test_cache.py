@@ -15,9 +15,9 @@ import pytest
 from typer.testing import CliRunner
 
 from dsv4_compile.cache import store as store_module
-from dsv4_compile.cache.command import app
 from dsv4_compile.cache.key import Key, nearest
 from dsv4_compile.cache.store import Store
+from dsv4_compile.commands.cache import app
 from dsv4_compile.errors import CacheFolderUnsafe, CacheLockTimeout, DSV4Warning
 
 TRIALS = int(os.environ.get("DSV4_CACHE_TRIALS", "60"))

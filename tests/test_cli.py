@@ -9,9 +9,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dsv4_compile import cli, measure, run
+from dsv4_compile.commands import cli, measure, run
+from dsv4_compile.commands.text import Bytes, Pieces, text_of
 from dsv4_compile.reference_model import DSV4, DSV4Config, nano, save
-from dsv4_compile.text import Bytes, Pieces, text_of
 
 CONFIG = DSV4Config.nano().replace(
     hidden_size=32,

@@ -229,7 +229,9 @@ PLANTED = {  # one thing wrong, and what the report says of it
 
 @pytest.mark.parametrize("name", ["nothing", *PLANTED])
 def test_mxfp4_differences_do_not_raise(rewritten_by, monkeypatch, name):
-    monkeypatch.setattr("dsv4_compile.report.NEAR", 0.0)  # tell of every miss, also of a mismatch near the anchor
+    monkeypatch.setattr(
+        "dsv4_compile.reporting.report.NEAR", 0.0
+    )  # tell of every miss, also of a mismatch near the anchor
     change, reason = PLANTED.get(name, ({}, ""))
     K = {"blocks of 16": 64, "scales across blocks": 32 * 32}.get(name, 96)
     weight, scale, _ = stored("mxfp4", 3, 7, K)

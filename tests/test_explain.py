@@ -14,20 +14,21 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import dsv4_compile
-from dsv4_compile import cli, stored
 from dsv4_compile.backend import backend
+from dsv4_compile.commands import cli
+from dsv4_compile.commands.explain import content
 from dsv4_compile.config import Config
-from dsv4_compile.explain_command import content
+from dsv4_compile.graphs.near import align
 from dsv4_compile.lowerings import OPS
 from dsv4_compile.match import T, rule
-from dsv4_compile.near import align
 from dsv4_compile.op import op
 from dsv4_compile.passes import front
 from dsv4_compile.patterns import RULES
 from dsv4_compile.reference_model import DSV4, DSV4Config, save
 from dsv4_compile.reference_model.model import Router
-from dsv4_compile.roofline import H200, Machine
-from dsv4_compile.table import AROUND, kinds
+from dsv4_compile.reporting import stored
+from dsv4_compile.reporting.roofline import H200, Machine
+from dsv4_compile.reporting.table import AROUND, kinds
 
 SWA, HCA = "sliding_attention", "heavily_compressed_attention"
 

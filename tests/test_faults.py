@@ -17,15 +17,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv4_compile.bisecting import Bisection, Hunt
-from dsv4_compile.capture import Captured, copied, fake_mode
+from dsv4_compile.accuracy.bisect import Bisection, Hunt
+from dsv4_compile.accuracy.capture import Captured, copied, fake_mode
+from dsv4_compile.accuracy.metrics import logits
 from dsv4_compile.config import Config
 from dsv4_compile.lowerings import OPS
-from dsv4_compile.metrics import logits
 from dsv4_compile.passes import PassManager
 from dsv4_compile.patterns import RULES
 from dsv4_compile.reference_model import DSV4, DSV4Config
-from dsv4_compile.report import Site
+from dsv4_compile.reporting.report import Site
 
 SPEC = importlib.util.spec_from_file_location("faults", Path(__file__).with_name("faults.py"))
 faults = importlib.util.module_from_spec(SPEC)  # test files do not import each other: this one holds no tests

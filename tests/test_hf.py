@@ -9,7 +9,7 @@ import torch
 from dsv4_compile import hf
 from dsv4_compile.backend import backend
 from dsv4_compile.lowerings.attention import dense_attention
-from dsv4_compile.sites import expected
+from dsv4_compile.reporting.sites import expected
 
 transformers = pytest.importorskip("transformers")
 modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")

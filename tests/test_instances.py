@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv4_compile.instances import inline_regions
+from dsv4_compile.graphs.instances import inline_regions
 
 
 class Inner(nn.Module):

@@ -306,7 +306,9 @@ PLANTED_IN_MANY = {
 
 @pytest.mark.parametrize("name", ["nothing", *PLANTED_IN_MANY])
 def test_differences_among_many_do_not_fuse(rewritten, monkeypatch, name):
-    monkeypatch.setattr("dsv4_compile.report.NEAR", 0.0)  # tell of every miss, also of a mismatch near the anchor
+    monkeypatch.setattr(
+        "dsv4_compile.reporting.report.NEAR", 0.0
+    )  # tell of every miss, also of a mismatch near the anchor
     change, reason = PLANTED_IN_MANY.get(name, ({}, ""))
     args = case(N=7, k=2, X=4, dtype=torch.float32)[:6]
     got, report = rewritten(lambda *a: many(*a, **change), *args)

@@ -61,7 +61,9 @@ PLANTED = {  # one thing wrong, and what the report says of it
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_differences_do_not_raise(rewritten_by, monkeypatch, name):
-    monkeypatch.setattr("dsv4_compile.report.NEAR", 0.0)  # tell of every miss, also of a mismatch near the anchor
+    monkeypatch.setattr(
+        "dsv4_compile.reporting.report.NEAR", 0.0
+    )  # tell of every miss, also of a mismatch near the anchor
     f, reason = PLANTED[name]
     g, u = torch.randn(3, 5) * 3, torch.randn(3, 5) * 3
     got, report = rewritten_by(RULES, f, g, u)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsv4_compile.accuracy.shadow import shadow
+from dsv4_compile.accuracy.verify import difference
 from dsv4_compile.config import Config
 from dsv4_compile.errors import DSV4Warning
 from dsv4_compile.identity import identity
@@ -14,8 +16,6 @@ from dsv4_compile.lowerings import CONTRACTS, OPS, TOLERANCE, Contract, numerics
 from dsv4_compile.match import Scalar, T, rule
 from dsv4_compile.op import acc, op
 from dsv4_compile.patterns import RULES, norm
-from dsv4_compile.shadowing import shadow
-from dsv4_compile.verify import difference
 
 
 @op("dsv4::v_scaled")
@@ -179,7 +179,7 @@ def test_a_precision_that_torch_lacks_is_passed_over(rewritten):
 
 
 def test_inputs_that_do_not_fit_are_left_alone(rewritten_by, monkeypatch):
-    monkeypatch.setattr("dsv4_compile.verify.LIMIT", 8)
+    monkeypatch.setattr("dsv4_compile.accuracy.verify.LIMIT", 8)
     _, report = rewritten_by([emits(right)], f, torch.randn(3, 8), verify=True)
     (check,) = report.checks
     assert not check.checked and not check.failed and report.rules["raise.v_scaled"] == 1

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import inputs, measure, sites
-from .config import Config
-from .report import reports
+from ..config import Config
+from ..reporting import sites
+from ..reporting.report import reports
+from . import inputs, measure
+from .first_token import Mark
 from .screen import Screen
 from .text import special, text_of
-from .warm import Mark
 
 if TYPE_CHECKING:
-    from .reference_model import State
+    from ..reference_model import State
 
 TEXT_BYTES = 8192  # held-out text that accuracy is measured on
 TIMED_STEPS = 32
@@ -106,7 +107,7 @@ class Job:
 
     def generate(self) -> None:
         """Stream the continuation of the prompt."""
-        from .reference_model import sample
+        from ..reference_model import sample
 
         runner, ends, show = self.runner, special(self.model.config.eos_token_id), self.text.stream()
         generator = torch.Generator(runner.device).manual_seed(self.ask.seed)
@@ -164,7 +165,7 @@ class Job:
 
     def compare(self) -> dict[str, Any]:
         """Speed and accuracy of compiled against eager, and the speed of plain Inductor if that was asked for."""
-        from .reference_model import nano
+        from ..reference_model import nano
 
         runner, length = self.runner, self.runner.sizes.max_len
         content = nano.heldout()[:TEXT_BYTES]

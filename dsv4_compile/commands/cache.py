@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from ..arguments import plainly
+from ..cache import archive
+from ..cache.key import Key, flat, nearest
+from ..cache.store import Entry, Store
 from ..errors import CacheEntryBad, DSV4Error
-from . import archive
-from .key import Key, flat, nearest
-from .store import Entry, Store
+from .arguments import plainly
 
 app = typer.Typer(no_args_is_help=True, help="Compiled kernels and tuning records on disk.")
 Folder = Annotated[

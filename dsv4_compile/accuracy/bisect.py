@@ -5,16 +5,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import config as configuration
+from .. import config as configuration
+from ..errors import AlreadyWrong
+from ..lowerings import OPS
+from ..match import Rule
+from ..op import DEVICES, Op
+from ..passes import PassManager
+from ..patterns import RULES
+from ..reporting.report import Report, Site
 from . import metrics, repro
 from .capture import Captured
-from .errors import AlreadyWrong
-from .lowerings import OPS
-from .match import Rule
-from .op import DEVICES, Op
-from .passes import PassManager
-from .patterns import RULES
-from .report import Report, Site
 
 BUDGET = 200  # compiles
 

@@ -15,10 +15,10 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .errors import TracedAgain
-from .explaining import _buffers_kept, _fresh
-from .instances import inline_regions
-from .passes import PassManager
+from ..errors import TracedAgain
+from ..graphs.instances import inline_regions
+from ..passes import PassManager
+from ..reporting.explain import buffers_kept, fresh
 
 
 class Slot(CustomGraphPass):
@@ -63,7 +63,7 @@ class Captured:
         self.slots: list[Slot] = []
         self.plain: Any = None
         torch._dynamo.reset()
-        self.compiled = torch.compile(_fresh(model), backend=self.backend, dynamic=False)
+        self.compiled = torch.compile(fresh(model), backend=self.backend, dynamic=False)
         self.plain = self.call(self.compiled)
 
     def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -79,7 +79,7 @@ class Captured:
         return compiled
 
     def call(self, forward: Callable[..., Any]) -> Any:
-        with torch.no_grad(), _buffers_kept(self.model):
+        with torch.no_grad(), buffers_kept(self.model):
             return forward(*copy.deepcopy(self.args), **copy.deepcopy(self.kwargs))
 
     def eager(self) -> Any:

@@ -8,16 +8,16 @@ import torch
 from torch import fx
 from torch.fx import Node
 
-from . import config as configuration
+from .. import config as configuration
+from ..lowerings import OPS, contract_of
+from ..match import Match, Rule
+from ..op import DEVICES, Op
+from ..passes import PassManager
+from ..patterns import RULES
+from ..reporting.report import GraphReport
 from .capture import Captured, copied, fake_mode
 from .cut import Cut, by_meaning, evaluate
-from .lowerings import OPS, contract_of
-from .match import Match, Rule
 from .metrics import finite, logits
-from .op import DEVICES, Op
-from .passes import PassManager
-from .patterns import RULES
-from .report import GraphReport
 from .verify import Check, Values, Verifier
 
 

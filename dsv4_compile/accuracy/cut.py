@@ -8,9 +8,9 @@ import torch
 from torch import fx
 from torch.fx import Node
 
-from .graph import CAST, aten, is_cast, is_tensor, is_view, strip, value
-from .match import Match
-from .op import Op, own
+from ..graphs.graph import CAST, aten, is_cast, is_tensor, is_view, strip, value
+from ..match import Match
+from ..op import Op, own
 
 PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from .config import Config
-from .identity import identity
+from ..config import Config
+from ..identity import identity
 
 
 class Mark:

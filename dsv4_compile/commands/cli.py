@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from .arguments import Device, Disable, Dtype, Lowerings, Model, Option, Passes, Strict, plainly
-from .bisect_command import bisect, shadow
-from .cache.command import app as cache_app
-from .explain_command import explain
+from .bisect import bisect, shadow
+from .cache import app as cache_app
+from .explain import explain
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(cache_app, name="cache")

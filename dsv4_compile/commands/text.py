@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from .inputs import InputError
 
 if TYPE_CHECKING:
-    from .reference_model import DSV4Config
+    from ..reference_model import DSV4Config
 
 
 class Text(Protocol):

@@ -10,7 +10,7 @@ import typer
 from .arguments import Device, Disable, Dtype, Lowerings, Model, Option, Passes, Strict, plainly
 
 if TYPE_CHECKING:
-    from .report import Report
+    from ..reporting.report import Report
 
 PHASES = ("prefill", "decode")
 
@@ -36,7 +36,7 @@ def explain(
     out: Annotated[Path | None, Option("--json", metavar="FILE", help="Write the report as JSON.")] = None,
 ) -> None:
     """Show each kind of layer: its ops, who runs them or why Inductor does, FLOPs, bytes, least time; and near misses."""
-    from .errors import DSV4Error
+    from ..errors import DSV4Error
     from .inputs import InputError, check_writable
 
     asked = {"passes": passes, "disable": disable, "lowerings": lowerings, "strict": strict or None, "diff": diff}
@@ -60,10 +60,10 @@ def described(
     """The report on one call of a model. Raises InputError, and under strict SitesMissing."""
     import torch
 
+    from ..errors import DSV4Error, nearest
+    from ..reporting.explain import explain
+    from ..reporting.roofline import Machine
     from . import inputs
-    from .errors import DSV4Error, nearest
-    from .explaining import explain
-    from .roofline import Machine
 
     if phase not in PHASES:
         raise inputs.InputError(f"--phase: unknown phase {phase!r}{nearest(phase, PHASES)}")
@@ -89,7 +89,7 @@ def described(
 
 def content(report: "Report") -> dict[str, Any]:
     """A report as JSON takes it: counts, kinds of layer with their rows, near misses, diffs."""
-    from .table import kinds
+    from ..reporting.table import kinds
 
     return {
         "counts": dict(report.counts),

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from .errors import BrokenGraph
+from ..errors import BrokenGraph
 
 aten, prims = torch.ops.aten, torch.ops.prims
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import fx
 
-from .graph import where
-from .instances import module_path
-from .match import Match, NearMiss
-from .op import Op
+from ..accuracy.verify import Check
+from ..graphs.graph import where
+from ..graphs.instances import module_path
+from ..match import Match, NearMiss
+from ..op import Op
 from .roofline import H200, Machine
-from .verify import Check
 
 NEAR = 0.5  # how much of a pattern the exact search must find for a miss to be told
 CLEAR = 0.6  # the same for a rough miss, in a model of which nothing is known

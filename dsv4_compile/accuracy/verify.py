@@ -15,12 +15,12 @@ from torch._guards import tracing
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
+from ..graphs.graph import is_tensor, strip, value, where
+from ..graphs.instances import module_path
+from ..lowerings import Contract, Draw, contract_of
+from ..match import Match
+from ..op import Implementation, Op
 from .cut import PLAIN, Cut, by_meaning, cut, evaluate, hint, widened
-from .graph import is_tensor, strip, value, where
-from .instances import module_path
-from .lowerings import Contract, Draw, contract_of
-from .match import Match
-from .op import Implementation, Op
 
 LIMIT = 1 << 31  # bytes of inputs; larger rewrites are not tried
 TRIES = 2  # draws that must differ: a near tie that falls the other way does so once

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from ..backend import backend
 from . import sites
-from .backend import backend
 from .report import Report
 
 
@@ -26,13 +26,13 @@ def explain(model: Any, *args: Any, options: dict[str, Any] | None = None, **kwa
     """
     report = Report(sites=sites.expected(model), kinds=sites.kinds(model))
     chosen = {**(options or {}), "inner": "eager"}
-    compiled = torch.compile(_fresh(model), backend=partial(backend, options=chosen, observe=report.merge))
-    with torch.no_grad(), _buffers_kept(model):
+    compiled = torch.compile(fresh(model), backend=partial(backend, options=chosen, observe=report.merge))
+    with torch.no_grad(), buffers_kept(model):
         compiled(*copy.deepcopy(args), **copy.deepcopy(kwargs))
     return report
 
 
-def _fresh(model: Any) -> Any:
+def fresh(model: Any) -> Any:
     """A function that Dynamo has not seen: it counts recompiles, and gives up on, one code object at a time."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -42,7 +42,8 @@ def _fresh(model: Any) -> Any:
 
 
 @contextmanager
-def _buffers_kept(model: Any) -> Iterator[None]:
+def buffers_kept(model: Any) -> Iterator[None]:
+    """A module's buffers are afterwards what they were before."""
     buffers = list(model.buffers()) if isinstance(model, torch.nn.Module) else []
     saved = [b.clone() for b in buffers]
     try:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from .bisecting import Bisection
+    from .bisect import Bisection
 
 TEXT = '''"""{title}
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .errors import UnknownName
+from ..errors import UnknownName
 
 Metric = Callable[[Any, Any], float]
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import DSV4Error, nearest
+from ..errors import DSV4Error, nearest
 
 if TYPE_CHECKING:
-    from .config import Config
-    from .reference_model import DSV4
+    from ..config import Config
+    from ..reference_model import DSV4
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -61,9 +61,9 @@ def read_dtype(name: str | None, device: torch.device) -> torch.dtype | None:
 def backend_options(given: dict[str, Any], device: torch.device) -> tuple[dict[str, Any], Config]:
     """What was given (None: left out) as options for `torch.compile(backend="dsv4")`, all of them checked now instead of
     inside Dynamo, and what they mean together with DSV4_* variables."""
-    from . import backend, config
-    from .op import DEVICES
-    from .patterns import RULES
+    from .. import backend, config
+    from ..op import DEVICES
+    from ..patterns import RULES
 
     options = {name: value for name, value in given.items() if value is not None}
     with as_input_error(DSV4Error):
@@ -76,7 +76,7 @@ def load_model(
     path: Path | None, device: torch.device, dtype: torch.dtype | None, progress: Callable[[str, int, int], None]
 ) -> tuple[DSV4, Path]:
     """Read the model at `path`, or the packaged one; returns it with the folder that holds it."""
-    from .reference_model import load, nano
+    from ..reference_model import load, nano
 
     path = nano.CHECKPOINT if path is None else path
     with as_input_error(ValueError, TypeError, OSError):

@@ -9,7 +9,9 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
-from .errors import BadRule
+from ..errors import BadRule
+from ..match import Made, Match
+from ..op import Op
 from .graph import (
     CAST,
     RESHAPES,
@@ -29,8 +31,6 @@ from .graph import (
     unwiden,
     value,
 )
-from .match import Made, Match
-from .op import Op
 from .unify import outside_users
 
 SITE = "dsv4_site"  # in node.meta: id of the rewrite that made the op

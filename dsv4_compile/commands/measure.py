@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .reference_model import DSV4, Selection, State
+    from ..reference_model import DSV4, Selection, State
 
 Forward = Callable[..., Tensor]
 LN2 = math.log(2)
@@ -79,7 +79,7 @@ class Runner:
 
     def picked(self, picks: list[Selection] | None, calls: int) -> list[Selection]:
         """The selections of so many calls; new ones are put into the list."""
-        from .reference_model import Selection
+        from ..reference_model import Selection
 
         picks = [] if picks is None else picks
         if not picks:

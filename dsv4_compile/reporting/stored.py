@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from .cache.store import write_whole
-from .config import Config
-from .identity import identity
-from .match import NearMiss
+from ..accuracy.verify import Check
+from ..cache.store import write_whole
+from ..config import Config
+from ..identity import identity
+from ..match import NearMiss
 from .report import GraphReport, Ran, Report, Site
-from .verify import Check
 
 VERSION = 1
 

@@ -25,8 +25,8 @@ def bisect(
     script: Annotated[Path | None, Option(metavar="FILE", help="Write a Python file that shows the fault.")] = None,
 ) -> None:
     """Find the rewrites that make a model wrong: rule, layer and source line of each. Exit code 1 if there are any."""
-    from .bisecting import bisect as search
-    from .errors import DSV4Error
+    from ..accuracy.bisect import bisect as search
+    from ..errors import DSV4Error
     from .inputs import InputError
 
     with plainly(InputError, DSV4Error):
@@ -57,9 +57,9 @@ def shadow(
     lowerings: Lowerings = None,
 ) -> None:
     """Hold every op against the plain graph while a prompt is read: errors by layer and rule. Exit code 1 if one is wrong."""
-    from .errors import DSV4Error
+    from ..accuracy.shadow import shadow as watch
+    from ..errors import DSV4Error
     from .inputs import InputError
-    from .shadowing import shadow as watch
 
     with plainly(InputError, DSV4Error):
         loaded, tokens, options = prepared(model, prompt, device, dtype, disable, lowerings)

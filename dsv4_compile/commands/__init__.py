@@ -1,0 +1,1 @@
+"""The command line: `dsv4 run`, `explain`, `bisect`, `shadow`, `cache`."""
