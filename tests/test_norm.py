@@ -63,3 +63,19 @@ def test_the_spellings_raise(f, dtype, of_weight, rewritten):
     result, report = rewritten(f, x, weight.to(of_weight))
     assert report.rules["raise.rms_norm"] == 1
     torch.testing.assert_close(result, f(x, weight.to(of_weight)))
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("of_weight", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("D", [4, 36, 512, 1536, 4096, 7168, 16384])
+@pytest.mark.parametrize("lead", [(0,), (1,), (3, 5), (257,)], ids=str)
+def test_the_kernel_is_the_meaning(lead, D, of_weight, dtype, kernel_parity):
+    tolerance = dict(rtol=8e-3, atol=1e-5) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-6)
+    (x, weight), (other, _) = drawn(*lead, D, dtype=dtype), drawn(*lead, D, dtype=dtype, seed=1)
+    weight = weight.to(of_weight)
+    kernel_parity(rms_norm, x, weight, EPS, others=(other, weight, EPS), **tolerance)
+    kernel_parity(unit_norm, x, EPS, others=(other, EPS), **tolerance)
