@@ -48,6 +48,7 @@ def build(
     """Compile with the given passes."""
     from torch._inductor.compile_fx import compile_fx
 
+    from .cudagraph import captured
     from .graphs.instances import inline_regions
     from .reporting import sites, stored
     from .reporting.report import HISTORY
@@ -56,7 +57,8 @@ def build(
     eager = chosen_inner(config.inner, example_inputs) == "eager"
     if not config.regions:
         inline_regions(gm)
-    patches: dict[str, Any] = {} if config.cudagraphs is None else {"triton.cudagraphs": config.cudagraphs}
+    graphs = config.inductor_captures
+    patches: dict[str, Any] = {} if graphs is None else {"triton.cudagraphs": graphs}
     if eager or config.explain or config.diff:
         patches["force_disable_caches"] = True
         keep_source_lines(gm)
@@ -79,7 +81,7 @@ def build(
         observe(report)
     if config.strict:
         check_sites(report, manager)
-    return compiled
+    return captured(compiled, gm, example_inputs) if config.captures else compiled
 
 
 def with_memory(report: "Report", file: "Path | None") -> "Report":

@@ -12,8 +12,11 @@ from .errors import BadValue, UnknownName
 INNER = ("inductor", "eager")
 LOWER = "lower"  # the last pass: ops are claimed or written back
 MODES: dict[str, dict[str, Any]] = {
-    "decode": {"cudagraphs": True},  # a step is many small kernels, and its sizes never change
-    "prefill": {"cudagraphs": False},  # every length would be captured anew, whatever torch's own settings ask for
+    "decode": {"capture": True},  # a step is many small kernels, and its sizes never change
+    "prefill": {
+        "capture": False,
+        "cudagraphs": False,
+    },  # every length would be captured anew, whatever torch's own settings ask for
     "debug": {"strict": True, "explain": True, "inner": "eager"},
 }
 
@@ -34,7 +37,8 @@ class Config:
     regions: keep bodies that layers share; False writes them out, so that rewrites are told apart layer by layer.
     sites: ids or globs of the rewrites that may be made, as `report` and `bisect` name them.
     inner: "inductor", or "eager" to run the rewritten graph op by op; None chooses.
-    cudagraphs: Inductor's CUDA graphs; on in mode="decode", off in mode="prefill", else as torch is set.
+    capture: on a GPU, replay each call as one CUDA graph (cudagraph.py); on in mode="decode".
+    cudagraphs: Inductor's own CUDA graphs, in the place of `capture`; off in mode="prefill", else as torch is set.
     """
 
     passes: tuple[str, ...] = ("*",)
@@ -46,9 +50,20 @@ class Config:
     regions: bool = True
     sites: tuple[str, ...] = ("*",)
     inner: str | None = None
+    capture: bool = False
     cudagraphs: bool | None = None
     diff: tuple[str, ...] = ()
     cache_dir: str | None = None
+
+    @property
+    def captures(self) -> bool:
+        """Whether calls are captured by us; one capture does not go into another."""
+        return self.capture and not self.cudagraphs
+
+    @property
+    def inductor_captures(self) -> bool | None:
+        """Whether Inductor captures; None: as torch is set."""
+        return False if self.captures else self.cudagraphs
 
     def enabled(self, name: str) -> bool:
         """Whether the passes of this name run."""
@@ -167,6 +182,7 @@ _READ = {
     "regions": _flag,
     "sites": _globs,
     "inner": _inner,
+    "capture": _flag,
     "cudagraphs": _flag_or_none,
     "diff": _globs,
     "cache_dir": _folder,

@@ -133,6 +133,17 @@ NO_COMPILER = (
 )
 
 
+NOT_CAPTURED = "the call is not captured as a CUDA graph: {why}. It runs kernel by kernel; leave out mode='decode' if that is meant."
+CAPTURE_FAILED = (
+    "capturing the call as a CUDA graph failed ({error}): it runs kernel by kernel from now on. Something in it waits for the "
+    "GPU or allocates behind torch's back; options={{'capture': False}} says that this is meant."
+)
+INPUTS_MOVE = (
+    "the call was captured {captures} times for {replays} replays, as large inputs or state lie elsewhere in every call: it "
+    "runs kernel by kernel from now on. Write to one set of tensors, marked by torch._dynamo.mark_static_address."
+)
+
+
 class CacheEntryBad(DSV4Error):
     """A cache entry that is not what it says: cut short, changed, or put under another name."""
 

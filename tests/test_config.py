@@ -46,6 +46,7 @@ def test_every_option_has_a_variable_and_the_option_wins():
         "sites": "fuse.moe*",
         "inner": "eager",
         "mode": "decode",
+        "capture": "1",
         "cudagraphs": "1",
         "diff": "fuse.moe,lower",
         "cache_dir": "reports",
@@ -58,8 +59,11 @@ def test_every_option_has_a_variable_and_the_option_wins():
 
 def test_modes_are_presets_that_options_overrule():
     assert read(mode="debug") == Config(strict=True, explain=True, inner="eager")
-    assert [read(mode=m).cudagraphs for m in ("decode", "prefill", None)] == [True, False, None]
-    assert read({"mode": "decode", "cudagraphs": 0}).cudagraphs is False
+    assert [read(mode=m).captures for m in ("decode", "prefill", None)] == [True, False, False]
+    assert [read(mode=m).inductor_captures for m in ("decode", "prefill", None)] == [False, False, None]
+    assert not read({"mode": "decode", "capture": 0}).captures
+    trees = read({"mode": "decode", "cudagraphs": 1})
+    assert trees.inductor_captures and not trees.captures
     assert read({"mode": "decode"}) == read(mode="decode") == read(DSV4_MODE="decode")
     assert read({"mode": "decode"}, DSV4_MODE="debug") == read(mode="decode", DSV4_MODE="debug") == read(mode="decode")
     assert not read({"strict": False}, mode="debug").strict
