@@ -133,7 +133,10 @@ NO_COMPILER = (
 )
 
 
-NOT_CAPTURED = "the call is not captured as a CUDA graph: {why}. It runs kernel by kernel; leave out mode='decode' if that is meant."
+NOT_CAPTURED = (
+    "the call is not captured as a CUDA graph: {why}. It runs kernel by kernel; options={{'capture': False}} says that this "
+    "is meant."
+)
 CAPTURE_FAILED = (
     "capturing the call as a CUDA graph failed ({error}): it runs kernel by kernel from now on. Something in it waits for the "
     "GPU or allocates behind torch's back; options={{'capture': False}} says that this is meant."
