@@ -184,22 +184,26 @@ class PassManager(CustomGraphPass):
         while open_ := [n for n in graph.nodes if n.target in self.ops and n not in kept]:
             for node in open_:
                 kept.add(node)
-                op = self.ops[node.target]
                 try:
-                    self.settle(graph, node, op, pieces, report)
+                    self.settle(graph, node, pieces, report)
                 except Exception as error:
-                    self.tell(LoweringFailed(op.name, where(node), error), error)
+                    self.tell(LoweringFailed(self.ops[node.target].name, where(node), error), error)
 
-    def settle(self, graph: fx.Graph, node: Node, op: Op, pieces: dict[str, fx.Graph], report: GraphReport) -> None:
+    def settle(self, graph: fx.Graph, node: Node, pieces: dict[str, fx.Graph], report: GraphReport) -> None:
         """Leave the op to the implementation that claims it, or inline it; note which."""
-        arguments = {k: value(a) for k, a in op.arguments(*node.args, **node.kwargs).items()}
+        op, arguments = self.called(node)
         note = partial(report.settled, op, place=(module_path(node), where(node)), arguments=arguments)
         implementation, reasons = self.claim(op, arguments)
         if implementation is not None:
             note(by=implementation.name)
             return
-        inline(graph, node, op, pieces)
-        note(by=f"inlined: {'; '.join(reasons) or 'no implementation'}")
+        parts = inline(graph, node, op, pieces)
+        note(by=f"inlined: {'; '.join(reasons) or 'no implementation'}", parts=[self.called(n) for n in parts])
+
+    def called(self, node: Node) -> tuple[Op, dict[str, Any]]:
+        """The op of a node, and its arguments as fake values."""
+        op = self.ops[node.target]
+        return op, {k: value(a) for k, a in op.arguments(*node.args, **node.kwargs).items()}
 
     def claim(self, op: Op, arguments: dict[str, Any]) -> tuple[Implementation | None, list[str]]:
         """Who runs an op under this configuration, and why others do not."""

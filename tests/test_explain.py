@@ -64,6 +64,9 @@ def test_costs_are_those_of_the_sizes_in_the_graph(report):
     for graph in report.graphs:
         for ran in graph.ran:
             cost = known[ran.op].symbolic_cost().at(**ran.sizes)
+            if ran.apart:  # what its parts leave
+                assert 0 <= ran.flops < cost.flops and 0 <= ran.moved < cost.read + cost.write, ran
+                continue
             assert math.isclose(ran.flops, float(cost.flops)), ran
             assert math.isclose(ran.moved, float(cost.read + cost.write)), ran
             seen.add(ran.op)

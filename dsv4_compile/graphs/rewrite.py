@@ -1,7 +1,7 @@
 """Put an op in the place of a match, or say why not. Nothing of the graph changes until everything has been checked."""
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from .graph import (
 from .unify import outside_users
 
 SITE = "dsv4_site"  # in node.meta: id of the rewrite that made the op
+PARTS = "dsv4_parts"  # in node.meta: (what it called, its meta) of each op that this one took up
 
 
 class Refused(Exception):
@@ -106,7 +107,7 @@ def _replacements(graph: fx.Graph, match: Match, arguments: dict[str, Any]) -> l
             for n, a in arguments.items()
         ]
         node = call(graph, op.target, args, like)
-        node.meta[SITE] = match.site
+        node.meta |= {SITE: match.site, PARTS: [(n.target, n.meta) for n in match.inner if SITE in n.meta]}
         values = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else (node.meta["val"],)
         landings = [landing(o, v.dtype) for o, v in zip(match.outputs, values, strict=True)]
         if all(landings):
@@ -189,8 +190,9 @@ def erase_dead(nodes: Iterable[Node]) -> None:
 # Back to ATen
 
 
-def inline(graph: fx.Graph, node: Node, op: Op, pieces: dict[str, fx.Graph]) -> None:
-    """Put the meaning of an op in its place, contiguous as the op is. `pieces` keeps what was traced: equal calls share it."""
+def inline(graph: fx.Graph, node: Node, op: Op, pieces: dict[str, fx.Graph]) -> list[Node]:
+    """Put the meaning of an op in its place, contiguous as the op is. `pieces` keeps what was traced: equal calls share it.
+    Returns the calls of other ops that it is made of; those that the op took up have their lines and modules again."""
     arguments = op.arguments(*node.args, **node.kwargs)
     inputs = {name: a for name, a in arguments.items() if isinstance(a, Node)}
 
@@ -201,7 +203,9 @@ def inline(graph: fx.Graph, node: Node, op: Op, pieces: dict[str, fx.Graph]) -> 
     if key not in pieces:
         pieces[key] = trace_aten(meaning, [value(a) for a in inputs.values()])
     with undone_on_error(graph), graph.inserting_before(node):
+        before = node.prev
         outs = [contiguous(graph, o, node) for o in graft(graph, pieces[key], list(inputs.values()), node)]
+        parts = list(_parts(before, node))
     if len(op.outputs) == 1:
         node.replace_all_uses_with(outs[0])
     else:
@@ -210,6 +214,21 @@ def inline(graph: fx.Graph, node: Node, op: Op, pieces: dict[str, fx.Graph]) -> 
             item.replace_all_uses_with(outs[index])
             graph.erase_node(item)
     graph.erase_node(node)
+    return parts
+
+
+def _parts(before: Node, whole: Node) -> Iterator[Node]:
+    """Calls of ops between the two nodes, each with the place that it had before `whole` took it up."""
+    taken = list(whole.meta.get(PARTS, ()))
+    node = before.next
+    while node is not whole:
+        if head(node).startswith("dsv4."):
+            own = next((t for t in taken if t[0] is node.target), None)
+            if own is not None:
+                taken.remove(own)
+                node.meta |= {key: x for key, x in own[1].items() if key != "val"}
+            yield node
+        node = node.next
 
 
 def _described(x: Any) -> str:

@@ -1,7 +1,7 @@
 """What the compiler did to each graph: where rules matched, where they nearly did, and what runs each op."""
 
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,7 +38,8 @@ class Site:
 @dataclass(frozen=True)
 class Ran:
     """One op of the rewritten graph: who runs it, its module, the model's line, the sizes that its cost names, and that
-    cost. flops and moved (bytes read and written) are None for an op that declares none."""
+    cost. flops and moved (bytes read and written) are None for an op that declares none. `apart`: it was put back as
+    smaller ops, which stand beside it, and its cost is what theirs leave."""
 
     op: str
     by: str
@@ -47,6 +48,7 @@ class Ran:
     sizes: Mapping[str, float] = field(default_factory=dict)
     flops: float | None = None
     moved: float | None = None
+    apart: bool = False
 
 
 @dataclass
@@ -74,14 +76,23 @@ class GraphReport:
         site = Site(rule.qualified, rule.name, rule.op.name, where(match.anchor), module_path(match.anchor))
         self.sites.append(replace(site, id=match.site, absorbs=match.absorbs, made=where(match.outputs[0])))
 
-    def settled(self, op: Op, by: str, place: tuple[str, str], arguments: dict[str, Any]) -> None:
-        """Note who runs a call of `op` at (module, model line)."""
+    def settled(
+        self,
+        op: Op,
+        by: str,
+        place: tuple[str, str],
+        arguments: dict[str, Any],
+        parts: Sequence[tuple[Op, dict[str, Any]]] = (),
+    ) -> None:
+        """Note who runs a call of `op` at (module, model line); `parts`: the ops that it was put back as."""
         sizes = op.bound_sizes(arguments)
-        if sizes is None or op.cost_of is None:
-            self.ran.append(Ran(op.name, by, *place))
-        else:
-            cost = op.cost_of(**sizes)
-            self.ran.append(Ran(op.name, by, *place, sizes, float(cost.flops), float(cost.read + cost.write)))
+        if sizes is None:
+            self.ran.append(Ran(op.name, by, *place, apart=bool(parts)))
+            return
+        theirs = [cost(part, given) for part, given in parts]
+        whole = cost(op, arguments)
+        flops, moved = (max(0.0, x - sum(part[i] for part in theirs)) for i, x in enumerate(whole))
+        self.ran.append(Ran(op.name, by, *place, sizes, flops, moved, apart=bool(parts)))
 
     def finish(self, graph: fx.Graph, nearer: Callable[[NearMiss], NearMiss | None]) -> None:
         """Keep the near misses that stayed misses: whose anchor was not taken by another rule after all. Those that the
@@ -91,6 +102,15 @@ class GraphReport:
         found = [m if m.progress >= NEAR else nearer(m) for m in left]
         self.misses = [replace(m, node=None) for m in found if m is not None]  # a report must not keep the graph
         self.nodes_after = len(alive)
+
+
+def cost(op: Op, arguments: dict[str, Any]) -> tuple[float, float]:
+    """Operations and bytes of one call; 0 for an op that declares none."""
+    sizes = op.bound_sizes(arguments)
+    if sizes is None or op.cost_of is None:
+        return 0.0, 0.0
+    found = op.cost_of(**sizes)
+    return float(found.flops), float(found.read + found.write)
 
 
 @dataclass
