@@ -15,6 +15,7 @@ Compiled code is cached (`dsv4_compile.cache`) under a key that is equal on ever
 can build it. Launches go to torch's current stream, allocate nothing and wait for nothing, so they may be captured.
 """
 
+import ast
 import hashlib
 import importlib.metadata
 import os
@@ -40,6 +41,7 @@ try:
 except ImportError as error:
     raise NoKernelCompiler(error) from error
 
+ROOM = "dsv4_compile.kernels"
 SYMBOL = "kernel"  # of the entry in every object
 FLAGS = "--enable-tvm-ffi --keep-cubin"
 
@@ -80,7 +82,7 @@ class Kernel:
     """One kernel in all of its specialisations. Shapes and configs are frozen dataclasses of integers, strings and booleans."""
 
     name: str
-    file: str
+    file: str | tuple[str, ...]  # its sources
     program: Callable[[Any, Any], tuple[Any, Sequence[Any]]]
     configs: Callable[[Any], Iterator[Any]]
     loaded: dict[tuple[Any, Any], Callable[..., None]] = field(default_factory=dict, repr=False)
@@ -140,7 +142,23 @@ LOADED: list[Any] = []
 
 @cache
 def source_digest(file: str) -> str:
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    """Of a kernel file and of those beside it that it imports."""
+    texts = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sources(Path(file))}
+    return hashlib.sha256(repr(sorted(texts.items())).encode()).hexdigest()
+
+
+def sources(file: Path) -> set[Path]:
+    """The file and, at any remove, what it imports of its folder."""
+    found, open_ = {file}, [file]
+    while open_:
+        for node in ast.walk(ast.parse(open_.pop().read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(ROOM):
+                continue
+            names = [node.module.removeprefix(ROOM + ".")] if node.module != ROOM else [a.name for a in node.names]
+            new = {file.with_name(f"{name}.py") for name in names} - found
+            found |= new
+            open_ += new
+    return found
 
 
 def resources(cubin: bytes | None) -> dict[str, dict[str, int]] | None:

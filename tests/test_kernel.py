@@ -33,6 +33,24 @@ def test_a_key_names_what_the_binary_depends_on_and_nothing_else():
     assert "torch" not in text and "/" not in text and "0x" not in text
 
 
+def test_the_source_is_that_of_all_files_that_a_kernel_imports(tmp_path):
+    def digest(**changed):
+        files = {
+            "a": "from dsv4_compile.kernels.b import f",
+            "b": "from dsv4_compile.kernels import c",
+            "c": "",
+            "d": "",
+        }
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for name, text in (files | changed).items():
+            (folder / f"{name}.py").write_text(text)
+        return base.source_digest(str(folder / "a.py"))
+
+    assert digest() == digest() == digest(d="x = 1")
+    assert len({digest(), digest(b="from dsv4_compile.kernels import c  #"), digest(c="x = 1")}) == 3
+
+
 def test_built_once_then_loaded(store, monkeypatch):
     router.KERNEL.launcher(SHAPE)
     (entry,) = store.entries()
