@@ -82,7 +82,7 @@ class Kernel:
     """One kernel in all of its specialisations. Shapes and configs are frozen dataclasses of integers, strings and booleans."""
 
     name: str
-    file: str | tuple[str, ...]  # its sources
+    file: str
     program: Callable[[Any, Any], tuple[Any, Sequence[Any]]]
     configs: Callable[[Any], Iterator[Any]]
     loaded: dict[tuple[Any, Any], Callable[..., None]] = field(default_factory=dict, repr=False)
