@@ -2,9 +2,22 @@
 
 from .checkpoint import from_hf, load, save
 from .config import DSV4Config
-from .generate import generate
+from .generate import Loop, decode_step, generate
 from .model import DSV4
-from .sample import sample
+from .sample import draw, sample
 from .state import Selection, State
 
-__all__ = ["DSV4", "DSV4Config", "Selection", "State", "from_hf", "generate", "load", "sample", "save"]
+__all__ = [
+    "DSV4",
+    "DSV4Config",
+    "Loop",
+    "Selection",
+    "State",
+    "decode_step",
+    "draw",
+    "from_hf",
+    "generate",
+    "load",
+    "sample",
+    "save",
+]

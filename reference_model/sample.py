@@ -1,4 +1,5 @@
-"""Choosing the next token from logits, without a host sync: greedy, temperature, top-k, top-p, min-p, seeded."""
+"""Choosing the next token from logits, without a host sync: greedy, temperature, top-k, top-p, min-p, seeded; and `draw`, all
+of whose inputs are on the device."""
 
 import torch
 from torch import Tensor
@@ -35,3 +36,28 @@ def sample(
     ranked = ranked.masked_fill(drop, 0.0)
     race = ranked / torch.empty_like(ranked).exponential_(generator=generator)
     return token.gather(-1, race.argmax(-1, keepdim=True)).squeeze(-1)
+
+
+def draw(logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor) -> Tensor:
+    """logits [B, V], temperature [1] fp32 (0 is greedy), seed [1] int64, position [B] int64 -> token ids [B] int64.
+
+    argmax of logits + temperature * Gumbel noise: a sample of softmax(logits / temperature). The noise depends on seed, row,
+    position and token alone, so the same seed gives the same text, captured or not, on every device.
+    """
+    B, V = logits.shape
+    row = torch.arange(B, device=logits.device).unsqueeze(1)
+    bits = philox(torch.arange(V, device=logits.device), position.unsqueeze(1), seed + row * 0x85EBCA6B)  # [B, V]
+    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23  # exact, and neither 0 nor 1
+    return (logits - temperature * torch.log(-torch.log(uniform))).argmax(-1)
+
+
+def philox(low: Tensor, high: Tensor, key: Tensor) -> Tensor:
+    """Philox-2x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): 32 random bits for each counter
+    (low, high) under a key. All are int64 that count modulo 2^32."""
+    ones = 0xFFFFFFFF
+    low, high, key = low & ones, high & ones, key & ones
+    for _ in range(10):
+        product = low * 0xD256D193  # 64 bits, as int64 wraps around
+        low, high = (product >> 32 & ones) ^ key ^ high, product & ones
+        key = (key + 0x9E3779B9) & ones
+    return low

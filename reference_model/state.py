@@ -17,6 +17,13 @@ from .config import DSV4Config
 from .layers import put, take
 
 
+def still(x: Tensor) -> Tensor:
+    """Tells torch.compile that this tensor lies where it is for good, so that CUDA graphs read and write it in place."""
+    if x.is_cuda:  # elsewhere nothing asks, and the import takes a second
+        torch._dynamo.mark_static_address(x)
+    return x
+
+
 class Parts:
     """Something that comes apart into tensors, numbers and None, and back. Dynamo compares those from layer to layer and
     traces a kind of layer once; of layers that take whole objects it traces every one."""
@@ -92,7 +99,7 @@ class State:
         d, exact = config.head_dim, torch.promote_types(dtype, torch.float32)
 
         def zeros(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(batch, rows, columns, device=device, dtype=dtype)
+            return still(torch.zeros(batch, rows, columns, device=device, dtype=dtype))
 
         def compressor(m: int, overlap: bool, width: int) -> CompressorState:
             rows, columns = (1 + overlap) * m + draft, (1 + overlap) * width
@@ -108,7 +115,7 @@ class State:
             elif kind == "heavily_compressed_attention":
                 layer.compressor = compressor(m, False, d)
             layers.append(layer)
-        return State(torch.zeros(batch, device=device, dtype=torch.int64), layers, max_len, draft)
+        return State(still(torch.zeros(batch, device=device, dtype=torch.int64)), layers, max_len, draft)
 
 
 @dataclass
