@@ -4,7 +4,7 @@
 """
 
 from ..op import Op
-from . import attention, compressor, dequantize, grouped_mm, linear, mhc, moe, norm, pointwise, router, sinkhorn
+from . import attention, compressor, dequantize, grouped_mm, linear, mhc, moe, norm, pointwise, rope, router, sinkhorn
 from .numerics import CONTRACTS, TOLERANCE, Contract, Draw, contract_of, digest
 
 __all__ = ["CONTRACTS", "OPS", "TOLERANCE", "Contract", "Draw", "contract_of", "digest"]
@@ -20,6 +20,8 @@ OPS: tuple[Op, ...] = (
     pointwise.swiglu,
     norm.rms_norm,
     norm.unit_norm,
+    rope.rope,
+    rope.norm_rope,
     sinkhorn.sinkhorn,
     mhc.mhc_pre,
     mhc.mhc_post,

@@ -218,6 +218,16 @@ CONTRACTS: dict[str, Contract] = {
     "swiglu": Contract(("gate up",), draws={"gate": Normal(8.0), "up": Normal(8.0)}),
     "rms_norm": Contract(("x",), draws={"x": Normal(spread=True), "weight": Uniform(0.5, 1.5)}),
     "unit_norm": Contract(("x",), draws={"x": Normal(spread=True)}),
+    "rope": Contract(("x",), accumulate="no sums", draws={"cos": Uniform(-1, 1), "sin": Uniform(-1, 1)}),
+    "norm_rope": Contract(
+        ("x",),
+        draws={
+            "x": Normal(spread=True),
+            "weight": Uniform(0.5, 1.5),
+            "cos": Uniform(-1, 1),
+            "sin": Uniform(-1, 1),
+        },
+    ),
     "sinkhorn": Contract(
         ("acc logits",), order="rows, then columns and rows in turn, columns last", draws={"logits": Normal(2.0)}
     ),

@@ -5,7 +5,7 @@ it emits; it knows no devices and no kernels.
 """
 
 from ..match import Rule
-from . import attention, compressor, dequantize, grouped_mm, linear, mhc, moe, norm, pointwise, router, sinkhorn
+from . import attention, compressor, dequantize, grouped_mm, linear, mhc, moe, norm, pointwise, rope, router, sinkhorn
 
 RULES: tuple[Rule, ...] = (
     dequantize.fp8,
@@ -23,6 +23,9 @@ RULES: tuple[Rule, ...] = (
     pointwise.clamped,
     norm.weighted,
     norm.unweighted,
+    rope.of_pairs,
+    rope.of_swapped_pairs_of_tokens,
+    rope.of_swapped_pairs,
     sinkhorn.chain,
     mhc.pre,
     mhc.pre_of_normed,

@@ -1,6 +1,7 @@
 """How a chain of views repeats a tensor. The matcher looks through views; where a repetition matters, rules ask here."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,3 +46,18 @@ def same_repeats(found: list[tuple[Any, Any, Any]] | None, wanted: list[tuple[An
     return len(found) == len(wanted) and all(
         known(i == j) for f, w in zip(found, wanted, strict=True) for i, j in zip(f, w, strict=True)
     )
+
+
+def once(twice: Node) -> Node | None:
+    """The table below one that gives each of its columns twice, side by side."""
+    *lead, dr = shape(twice)
+    node: Any = twice
+    while is_view(node) or is_cast(node):
+        node = node.args[0]
+        if same_sizes(shape(node), (*lead, dr // 2)):
+            return node if same_repeats(repeats(twice, node), [(math.prod(shape(node)), 2, 1)]) else None
+    return None
+
+
+def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(known(i == j) for i, j in zip(a, b, strict=True))

@@ -126,6 +126,26 @@ def eps_outside_the_root(right, a):
     return (x / (x.square().mean(-1, keepdim=True).sqrt() + a["eps"])).to(a["x"].dtype)
 
 
+# RoPE
+
+
+changed("rope", "sign of the rotation", inverse=lambda a: not a["inverse"])
+changed("rope", "sine and cosine swapped", cos=lambda a: a["sin"], sin=lambda a: a["cos"])
+changed("rope", "angles of the next pair", cos=lambda a: a["cos"].roll(1, -1), sin=lambda a: a["sin"].roll(1, -1))
+
+
+@fault("rope")
+def halves_instead_of_pairs(right, a):
+    x, cos, sin, dr = a["x"], a["cos"], -a["sin"] if a["inverse"] else a["sin"], 2 * a["cos"].shape[-1]
+    one, other = x[..., -dr : -dr // 2], x[..., -dr // 2 :]
+    return torch.cat([x[..., :-dr], one * cos - other * sin, one * sin + other * cos], -1).to(x.dtype)
+
+
+@fault("rope")
+def leading_channels_rotated(right, a):
+    return right(**(a | {"x": a["x"].flip(-1)})).flip(-1)
+
+
 # Softmax and activations
 
 
