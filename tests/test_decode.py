@@ -1,6 +1,7 @@
 """A decode step that stays on the device: its random numbers, its text, and itself as one CUDA graph."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 from dsv4_compile import cudagraph
+from dsv4_compile.commands import measure
+from dsv4_compile.commands.ring import Ring
 from dsv4_compile.reference_model import DSV4, DSV4Config, Loop, decode_step, draw, generate, load, nano
 from dsv4_compile.reference_model.sample import philox
 
@@ -106,6 +109,29 @@ def test_a_compiled_step_is_captured_and_gives_the_same_text(prompt, monkeypatch
     step = torch.compile(decode_step, backend="dsv4", options={"mode": "decode", "inner": "eager"}, fullgraph=True)
     assert torch.equal(text(step, model, loop, 8), text(decode_step, model, plain, 8))
     assert len(captures) == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_ring_gives_tokens_in_order_and_does_not_overrun(device):
+    ring, got = Ring(torch.device(device), slots=2), []
+    for n in range(5):
+        ring.put(torch.full((1, 1), n, device=device))
+        if n:
+            got.append(ring.get())
+    assert got == [0, 1, 2, 3] and ring.get() == 4
+    ring.put(torch.zeros(1))
+    ring.put(torch.zeros(1))
+    with pytest.raises(RuntimeError, match="get"):
+        ring.put(torch.zeros(1))
+
+
+def test_loops_that_nobody_waits_for_are_timed():
+    model = small()
+    runner = measure.Runner(model, measure.Sizes(8, 48))
+    ours = partial(measure.step, runner, model)
+    with torch.no_grad():
+        rates = measure.free_running(runner, {"compiled": ours}, [1, 2, 3], 12, lambda: None)
+    assert set(rates) == {"compiled", "eager"} and all(r > 0 for r in rates.values())
 
 
 # On a GPU

@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..reference_model import DSV4, Selection, State
+    from ..reference_model import DSV4, Loop, Selection, State
 
 Forward = Callable[..., Tensor]
 LN2 = math.log(2)
+WARM_STEPS = 4  # until a step is captured
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,19 @@ class Runner:
             torch.cuda.synchronize(self.device)
 
 
+def choose(loop: Loop, logits: Tensor) -> None:
+    """The loop's next token, from logits [V]."""
+    from ..reference_model import draw
+
+    token = draw(logits.unsqueeze(0), loop.temperature, loop.seed, loop.state.position)
+    loop.token.copy_(token.unsqueeze(1))
+
+
+def step(runner: Runner, forward: Forward, model: DSV4, loop: Loop) -> None:
+    """`decode_step` around a forward."""
+    choose(loop, runner.decode(forward, int(loop.token), loop.state))
+
+
 def prefill_rates(
     runner: Runner, forwards: dict[str, Forward], tokens: Sequence[int], rounds: int = 3
 ) -> dict[str, float]:
@@ -153,6 +167,39 @@ def decoding(
             error[name] = max(error[name], distance(out[0], want))
             tick()
     return Decoding({name: 1 / median(s) for name, s in seconds.items()}, error)
+
+
+def free_running(
+    runner: Runner,
+    steps: dict[str, Callable[[DSV4, Loop], object]],
+    prompt: Sequence[int],
+    count: int,
+    tick: Callable[[], None],
+    rounds: int = 4,
+) -> dict[str, float]:
+    """Tokens a second of decode loops that nobody waits for, by name, and of the eager one; they take turns."""
+    from ..reference_model import Loop, decode_step
+
+    steps = steps | {"eager": decode_step}
+    loops = {}
+    for name, step in steps.items():
+        loops[name] = Loop.start(runner.state(), prompt[-1])
+        runner.prefill(runner.model, prompt[:-1], loops[name].state)
+        for _ in range(WARM_STEPS):
+            step(runner.model, loops[name])
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    turn = max((count - WARM_STEPS) // rounds, 1)
+    for _ in range(rounds):
+        for name, step in steps.items():
+            few = turn if name != "eager" else max(turn // 8, 1)  # it is slow, and no less steady
+
+            def steps_of_one(step=step, loop=loops[name], few=few) -> None:
+                for _ in range(few):
+                    step(runner.model, loop)
+
+            seconds[name].append(runner.seconds(steps_of_one) / few)
+            tick()
+    return {name: 1 / median(s) for name, s in seconds.items()}
 
 
 def distance(a: Tensor, b: Tensor) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -16,12 +18,14 @@ from ..reporting import sites
 from ..reporting.report import reports
 from . import inputs, measure
 from .first_token import Mark
+from .ring import Ring
 from .screen import Screen
 from .text import special, text_of
 
 if TYPE_CHECKING:
-    from ..reference_model import State
+    from ..reference_model import DSV4, Loop, State
 
+Step = Callable[["DSV4", "Loop"], object]
 TEXT_BYTES = 8192  # held-out text that accuracy is measured on
 TIMED_STEPS = 32
 FEW = 64  # tokens of a prompt that decode may read one by one
@@ -57,7 +61,10 @@ def run(ask: Ask, screen: Screen) -> dict[str, Any]:
     start = perf_counter()
     device = inputs.read_device(ask.device)
     dtype = inputs.read_dtype(ask.dtype, device)
-    options, config = inputs.backend_options({name: getattr(ask, name) for name in BACKEND}, device)
+    given = {name: getattr(ask, name) for name in BACKEND}
+    if device.type == "cuda" and "DSV4_MODE" not in os.environ:
+        given["mode"] = ask.mode or "decode"
+    options, config = inputs.backend_options(given, device)
     if ask.compare not in (None, "inductor"):
         raise inputs.InputError(f"--compare {ask.compare}: expected inductor")
     if ask.temperature < 0:
@@ -73,7 +80,8 @@ def run(ask: Ask, screen: Screen) -> dict[str, Any]:
 class Job:
     """One run. Decode is compiled in full; prefill is rewritten and run op by op (inner="eager"), which spares its user the
     wait for generated code. The first token comes from prefill, or on a warm start from decode, whose graph is in torch's
-    caches, with the prompt fed one token at a time."""
+    caches, with the prompt fed one token at a time. On a GPU a step is one CUDA graph of forward, choice of the next token
+    and its writing; text is shown one step late, while the next is under way."""
 
     def __init__(self, ask: Ask, screen: Screen, start: float):
         self.ask, self.screen, self.start = ask, screen, start
@@ -99,55 +107,73 @@ class Job:
         weights = [(name, p.dtype, tuple(p.shape)) for name, p in self.model.named_parameters()]
         self.mark = Mark(config, self.model.config, weights, self.runner.device.type, self.runner.sizes)
         self.warm = len(self.prompt) <= FEW and config.inner != "eager" and self.mark.is_set()
-        self.decode = self.compiled(backend="dsv4", options=options)
-        self.prefill = self.compiled(backend="dsv4", options=options | {"inner": "eager"})
+        self.decode = compiled(self.model, backend="dsv4", options=options)
+        self.prefill = compiled(self.model, backend="dsv4", options=options | {"inner": "eager", "capture": False})
+        self.full = compiled(
+            self.model, backend="dsv4", options=options | {"capture": False}
+        )  # prefill, if it is timed
+        self.step = self.step_of(self.decode, backend="dsv4", options=options)
 
-    def compiled(self, **how: Any) -> measure.Forward:
-        return torch.compile(self.model, dynamic=False, fullgraph=True, **how)
+    def step_of(self, decode: measure.Forward, **how: Any) -> Step:
+        """A decode step: on a GPU all of it compiled, elsewhere around a compiled forward, of which there is one then."""
+        from ..reference_model import decode_step
+
+        if self.runner.device.type == "cuda":
+            return compiled(decode_step, **how)
+        return partial(measure.step, self.runner, decode)
 
     def generate(self) -> None:
         """Stream the continuation of the prompt."""
-        from ..reference_model import sample
+        from ..reference_model import Loop
 
         runner, ends, show = self.runner, special(self.model.config.eos_token_id), self.text.stream()
-        generator = torch.Generator(runner.device).manual_seed(self.ask.seed)
-
-        def choose(logits: Tensor) -> int:
-            return int(sample(logits.unsqueeze(0), self.ask.temperature, generator=generator))
-
-        state = runner.state()
-        logits = self.read_step_by_step(state) if self.warm else self.compile_prefill(state)
-        token = choose(logits)
+        loop = Loop.start(runner.state(), self.prompt[0], self.ask.temperature, self.ask.seed)
+        if self.warm:
+            self.read_step_by_step(loop)
+        else:
+            measure.choose(loop, self.compile_prefill(loop.state))
+        token = int(loop.token)
         text = "" if token in ends else show(token)
         self.first_token_s = perf_counter() - self.start
         self.screen.note(
             f"first token after {self.first_token_s:.1f} s, from {'decode' if self.warm else 'prefill'}: {text!r}"
         )
         if self.warm:
-            logits = runner.decode(self.decode, token, state)
+            self.step(self.model, loop)
         else:
             with self.screen.step("compiling decode"):
-                logits = self.first_call(lambda: runner.decode(self.decode, token, state))
+                self.first_call(lambda: self.step(self.model, loop))
             self.mark.set()
         graphs = graphs_compiled()
         self.screen.write(self.ask.prompt + text)
-        for _ in range(self.ask.max_new_tokens - 1):
-            if token in ends or (token := choose(logits)) in ends:
-                break
-            self.screen.write(show(token))
-            logits = runner.decode(self.decode, token, state)
+        if token not in ends:
+            for token in self.tokens(loop, self.ask.max_new_tokens - 1):
+                if token in ends:
+                    break
+                self.screen.write(show(token))
         self.screen.write("\n\n")
         self.recompiles = graphs_compiled() - graphs
         if self.warm:
             self.compile_prefill(runner.state())
 
-    def read_step_by_step(self, state: State) -> Tensor:
-        """The prompt through the decode graph -> logits [V] of the next token."""
+    def tokens(self, loop: Loop, count: int) -> Iterator[int]:
+        """The loop's token and those that follow, each while the next is worked on."""
+        ring = Ring(self.runner.device)
+        for n in range(count):
+            if n == 0:
+                ring.put(loop.token)
+            if n + 1 < count:
+                self.step(self.model, loop)
+                ring.put(loop.token)
+            yield ring.get()
+
+    def read_step_by_step(self, loop: Loop) -> None:
+        """The prompt through the decode graph."""
         with self.screen.step("compiling decode, in torch's caches"):
-            logits = self.first_call(lambda: self.runner.decode(self.decode, self.prompt[0], state))
+            self.first_call(lambda: self.step(self.model, loop))
         for token in self.prompt[1:]:
-            logits = self.runner.decode(self.decode, token, state)
-        return logits
+            loop.token.fill_(token)
+            self.step(self.model, loop)
 
     def compile_prefill(self, state: State) -> Tensor:
         """The prompt through the prefill graph -> logits [V] of the next token. The graph passes by the caches, so its
@@ -157,9 +183,9 @@ class Job:
         self.counts = dict(reports()[-1].counts)
         return logits
 
-    def first_call(self, work: Callable[[], Tensor]) -> Tensor:
+    def first_call(self, work: Callable[[], Any]) -> Any:
         """The result of a call that compiles; its time counts as compile time."""
-        out: list[Tensor] = []
+        out: list[Any] = []
         self.compile_s += self.runner.seconds(lambda: out.append(work()))
         return out[0]
 
@@ -175,24 +201,29 @@ class Job:
         parts = measure.windows(self.begin, ids, length)
         with self.screen.step(f"reading {len(content)} bytes of held-out text") as step:
             read = measure.reading(runner, prefill, parts, len(content), step.tick)
+        steps = {"compiled": self.step}
         if self.ask.compare:
             prefill["inductor"] = decode["inductor"] = self.plain_inductor(ids)
+            steps["inductor"] = self.step_of(decode["inductor"], **self.plain)
+            prefill["compiled"] = self.full
             with self.screen.step("compiling prefill in full"):
-                self.first_call(lambda: runner.prefill(self.decode, ids[:1], runner.state()))
-            prefill["compiled"] = self.decode
+                self.first_call(lambda: runner.prefill(self.full, ids[:1], runner.state()))
         with self.screen.step("timing prefill"):
             prefill_rates = measure.prefill_rates(runner, prefill, ids)
         with self.screen.step("timing decode") as step:
             cut = length // 4
-            steps = min(TIMED_STEPS, cut)
-            decoded = measure.decoding(runner, decode, ids[:cut], ids[cut : cut + steps], step.tick)
+            aside = ids[cut : cut + min(TIMED_STEPS, cut)]
+            decoded = measure.decoding(runner, decode, ids[:cut], aside, step.tick)
+            rates = decoded.rates
+            if runner.device.type == "cuda":
+                rates = measure.free_running(runner, steps, ids[:cut], length - cut - 1, step.tick)
         return {
             "sites": sites.expected(self.model),
             "counts": self.counts,
             "compile_s": self.compile_s,
             "first_token_s": self.first_token_s,
             "prefill_tok_s": by_contender(prefill_rates),
-            "decode_tok_s": by_contender(decoded.rates),
+            "decode_tok_s": by_contender(rates),
             "max_logit_error": max(read.error["compiled"], decoded.error["compiled"]),
             "choices_changed": read.changed["compiled"],
             "bits_per_byte": read.bits_per_byte,
@@ -202,16 +233,21 @@ class Job:
     def plain_inductor(self, ids: list[int]) -> measure.Forward:
         """torch.compile without our rules, already compiled for both shapes."""
         runner = self.runner
-        forward = self.compiled(backend="inductor")
+        self.plain: dict[str, Any] = {"backend": "inductor"}
         if any(p.dtype == torch.float8_e8m0fnu for p in self.model.parameters()):
             # Inductor alone cannot call region bodies with such scales; see regions.py.
             self.screen.note("e8m0 scales: plain Inductor runs behind dsv4 with all its passes off")
-            forward = self.compiled(backend="dsv4", options={"passes": "none"})
+            self.plain = {"backend": "dsv4", "options": {"passes": "none"}}
+        forward = compiled(self.model, **self.plain)
         with self.screen.step("compiling prefill with plain Inductor"):
             runner.prefill(forward, ids[: runner.sizes.chunk], runner.state())
         with self.screen.step("compiling decode with plain Inductor"):
             runner.decode(forward, ids[0], runner.state())
         return forward
+
+
+def compiled(f: Callable[..., Any], **how: Any) -> Callable[..., Any]:
+    return torch.compile(f, dynamic=False, fullgraph=True, **how)
 
 
 def by_contender(rates: dict[str, float]) -> dict[str, float | None]:
