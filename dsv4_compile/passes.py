@@ -89,6 +89,18 @@ def anchors(graph: fx.Graph, rule: Rule) -> list[Node]:
     return [n for n in graph.nodes if n.op == "call_function" and head(n) == rule.anchor]
 
 
+def silent(rules: Sequence[Rule], config: Config) -> tuple[str, ...]:
+    """Names of rules that cannot match: switched off, or built on an op that only such rules emit."""
+    emitted, off = set(), []
+    for name, group in groupby(rules, key=lambda rule: rule.name):
+        alike = list(group)
+        if config.enabled(name) and any(not r.anchor.startswith("dsv4.") or r.anchor in emitted for r in alike):
+            emitted |= {f"dsv4.{r.op.name}" for r in alike}
+        else:
+            off.append(name)
+    return tuple(off)
+
+
 class PassManager(CustomGraphPass):
     """All of our passes as the one object that Inductor calls, for the graphs of one compile."""
 
@@ -96,8 +108,7 @@ class PassManager(CustomGraphPass):
         self.config = config
         self.rules = tuple(r for r in rules if config.enabled(r.name))
         self.ops = {op.target: op for op in ops}
-        names = tuple(dict.fromkeys(r.name for r in rules))
-        self.report = Report(fusions=names, off=tuple(n for n in names if not config.enabled(n)))
+        self.report = Report(fusions=tuple(dict.fromkeys(r.name for r in rules)), off=silent(rules, config))
         self.verifier = Verifier(self.ops, lambda op, arguments: self.claim(op, arguments)[0])
         self.seen: dict[fx.Graph, int] = {}  # graphs of this compile, by their place in the report
 

@@ -4,7 +4,21 @@
 """
 
 from ..op import Op
-from . import attention, compressor, dequantize, grouped_mm, linear, mhc, moe, norm, pointwise, rope, router, sinkhorn
+from . import (
+    attention,
+    compressor,
+    dequantize,
+    grouped_mm,
+    linear,
+    mhc,
+    mhc_boundary,
+    moe,
+    norm,
+    pointwise,
+    rope,
+    router,
+    sinkhorn,
+)
 from .numerics import CONTRACTS, TOLERANCE, Contract, Draw, contract_of, digest
 
 __all__ = ["CONTRACTS", "OPS", "TOLERANCE", "Contract", "Draw", "contract_of", "digest"]
@@ -26,6 +40,8 @@ OPS: tuple[Op, ...] = (
     mhc.mhc_pre,
     mhc.mhc_post,
     mhc.mhc_head,
+    mhc_boundary.mhc_enter,
+    mhc_boundary.mhc_boundary,
     router.router,
     router.expert_gates,
     moe.moe,

@@ -192,6 +192,8 @@ STORED: dict[str, Draw] = {
     "s3": Scale(),
     "s2": Scale(),
 }
+MIXED: dict[str, Draw] = {"post": Uniform(0.0, 2.0), "comb": Uniform(0.0, 1.0)}
+ENTERED: dict[str, Draw] = {"fn": Matrix(), "scale": Uniform(0.5, 2.0), "weight": Uniform(0.5, 1.5)}
 SCALES_2: dict[str, Draw] = {f"t{i}": Scale(-1, 1) for i in (1, 2, 3)}
 
 CONTRACTS: dict[str, Contract] = {
@@ -236,8 +238,18 @@ CONTRACTS: dict[str, Contract] = {
         order="rows, then columns and rows in turn, columns last",
         draws={"X": Normal(spread=True), "fn": Matrix(), "scale": Uniform(0.5, 2.0)},
     ),
-    "mhc_post": Contract(("X",), draws={"post": Uniform(0.0, 2.0), "comb": Uniform(0.0, 1.0)}),
+    "mhc_post": Contract(("X",), draws=MIXED),
     "mhc_head": Contract(("X",), draws={"X": Normal(spread=True), "fn": Matrix(), "scale": Uniform(0.5, 2.0)}),
+    "mhc_enter": Contract(
+        ("X", "acc X", "acc X"),
+        order="rows, then columns and rows in turn, columns last",
+        draws={**ENTERED, "X": Normal(spread=True)},
+    ),
+    "mhc_boundary": Contract(
+        ("X", "X", "acc X", "acc X"),
+        order="rows, then columns and rows in turn, columns last",
+        draws={**ENTERED, "X": Normal(spread=True), "y": Normal(spread=True), **MIXED},
+    ),
     "router": Contract(
         ("int64", "acc logits"),
         ties="the lower index",

@@ -5,7 +5,21 @@ it emits; it knows no devices and no kernels.
 """
 
 from ..match import Rule
-from . import attention, compressor, dequantize, grouped_mm, linear, mhc, moe, norm, pointwise, rope, router, sinkhorn
+from . import (
+    attention,
+    compressor,
+    dequantize,
+    grouped_mm,
+    linear,
+    mhc,
+    mhc_boundary,
+    moe,
+    norm,
+    pointwise,
+    rope,
+    router,
+    sinkhorn,
+)
 
 RULES: tuple[Rule, ...] = (
     dequantize.fp8,
@@ -33,6 +47,8 @@ RULES: tuple[Rule, ...] = (
     mhc.post_of_sum,
     mhc.head,
     mhc.head_of_normed,
+    mhc_boundary.between,
+    mhc_boundary.first,
     router.learned,
     router.chosen,
     moe.gathered,

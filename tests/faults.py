@@ -16,6 +16,8 @@ import torch.nn.functional as F
 
 from dsv4_compile.graphs.instances import module_path
 from dsv4_compile.lowerings import CONTRACTS, OPS
+from dsv4_compile.lowerings.mhc import mhc_pre
+from dsv4_compile.lowerings.norm import rms_norm
 from dsv4_compile.match import Rule
 from dsv4_compile.op import LIBRARY, Op, acc
 from dsv4_compile.patterns import RULES
@@ -233,6 +235,31 @@ def base_of_comb_forgotten(right, a):
 changed("mhc_post", "comb not transposed", comb=lambda a: a["comb"].mT)
 changed("mhc_post", "post forgotten", post=lambda a: torch.ones_like(a["post"]))
 changed("mhc_post", "streams off by one", X=lambda a: a["X"].roll(1, -2))
+changed("mhc_enter", "wrong eps of the norm after", norm_eps=lambda a: a["norm_eps"] * 100)
+changed("mhc_enter", "no weight", weight=lambda a: torch.ones_like(a["weight"]))
+changed("mhc_boundary", "comb not transposed", comb=lambda a: a["comb"].mT)
+changed("mhc_boundary", "streams of the block before", y=lambda a: torch.zeros_like(a["y"]))
+changed("mhc_boundary", "no weight", weight=lambda a: torch.ones_like(a["weight"]))
+
+
+@fault("mhc_enter")
+def not_normed(right, a):
+    return mhc_pre(*(a[k] for k in ("X", "fn", "base", "scale", "iters", "eps", "rms_eps")))
+
+
+@fault("mhc_boundary")
+def old_streams_are_collapsed(right, a):
+    streams, _, post, comb = right(**a)
+    x, _, _ = mhc_pre(*(a[k] for k in ("X", "fn", "base", "scale", "iters", "eps", "rms_eps")))
+    return streams, rms_norm(x, a["weight"], a["norm_eps"]), post, comb
+
+
+@fault("mhc_boundary")
+def old_coefficients_are_kept(right, a):
+    streams, x, _, _ = right(**a)
+    return streams, x, acc(a["post"]), acc(a["comb"])
+
+
 changed("mhc_head", "wrong eps", eps=lambda a: a["eps"] * 100)
 changed("mhc_head", "sign of the scale", scale=lambda a: -a["scale"])
 

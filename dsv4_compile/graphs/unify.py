@@ -275,7 +275,7 @@ def outside_users(inner: Iterable[Node], outputs: set[Node]) -> Iterator[tuple[N
     """(value, user) for each value inside a match that somebody outside reads. Values made from nothing (iota) are free."""
     inside = set(inner)
     for node in inside - outputs:
-        if any(is_tensor(a) for a in node.all_input_nodes):
+        if any(isinstance(value(a), (torch.Tensor, tuple, list)) for a in node.all_input_nodes):
             yield from ((node, u) for u in users(node) if u not in inside)
 
 

@@ -13,7 +13,8 @@ def expected(model: Any) -> dict[str, int]:
     """Sites of one forward by the fusions' short names; empty for a model that is not DeepSeek-V4.
 
     The model says what it is by `config.layer_types`, as the reference model and Hugging Face's do. mHC has a site
-    before and one after each of the two blocks of a layer, and the last collapse; CSA has a second compressor, the indexer's.
+    before and one after each of the two blocks of a layer, and the last collapse; what lies between two blocks, or before the
+    first, is a boundary. CSA has a second compressor, the indexer's.
     """
     config = getattr(model, "config", None)
     kinds = getattr(config, "layer_types", None)
@@ -26,6 +27,7 @@ def expected(model: Any) -> dict[str, int]:
         "router": layers,
         "compressor": 2 * list(kinds).count(CSA) + list(kinds).count(HCA),
         "mhc": 2 * 2 * layers + 1,
+        "mhc_boundary": 2 * layers,
     }
 
 
@@ -46,6 +48,7 @@ HOLDS: dict[str, dict[str, int]] = {
     f"{_HOME}.Compressor": {"compressor": 1},
     f"{_HOME}.HyperConnection": {"mhc": 2},
     f"{_HOME}.HyperHead": {"mhc": 1},
+    f"{_HOME}.Block": {"mhc_boundary": 2},
 }
 _HF = "transformers.models.deepseek_v4.modeling_deepseek_v4.DeepseekV4"
 HOLDS |= {
@@ -58,8 +61,10 @@ HOLDS |= {
     f"{_HF}Indexer": {"compressor": 1},
     f"{_HF}HyperConnection": {"mhc": 2},
     f"{_HF}HyperHead": {"mhc": 1},
+    f"{_HF}DecoderLayer": {"mhc_boundary": 2},
 }
 ONLY_IF = {
+    f"{_HOME}.Block": "sigmoid",  # its body, not what hands that its arguments
     f"{_HOME}.Router": "gather",  # uniform gates are looked up nowhere
     f"{_HF}HCACompressor": "softmax",  # prompts below one window have nothing to compress
     f"{_HF}CSACompressor": "softmax",
