@@ -123,3 +123,60 @@ def flat_rows(index: Tensor, x: Tensor) -> Tensor:
     if len(x) > 1:
         index += torch.arange(len(x)).view(-1, 1, 1) * x.shape[1]
     return index.view(-1, index.shape[-1])
+
+
+# On a GPU
+
+DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+LARGEST = 1024  # channels
+
+
+def fits_the_kernel(a) -> bool | str:
+    """What kernels/attention.py is written for."""
+    if a.q.dtype not in DTYPES or any(x is not None and x.dtype != a.q.dtype for x in (a.keys, a.entries)):
+        return "queries, keys and entries must be of one dtype, bfloat16 or float32"
+    d, h = a.q.shape[-1], a.q.shape[2]
+    if not isinstance(d, int) or not isinstance(h, int) or d > LARGEST:
+        return f"heads of {d} channels: {LARGEST} at most"
+    if any(i is not None and i.dtype != torch.int64 for i in (a.window, a.index)):
+        return "lists must be int64"
+    return same_batch(a)
+
+
+@attention.on("cuda", arch="sm_90+", when=fits_the_kernel)
+def _(q, keys, window, sink, entries, index, scale, sink_on_window, cos=None, sin=None):
+    from dsv4_compile.kernels.attention import Shape, launch
+
+    B, T, h, d = q.shape
+    out = torch.empty(B, T, h, d, dtype=q.dtype, device=q.device)
+    if not out.numel():
+        return out
+    tables = [None if x is None else of_tokens(x, B, T) for x in (cos, sin)]
+    shape = Shape(d, h, index is not None, sink_on_window, 0 if cos is None else 2 * cos.shape[-1])
+    launch(
+        shape,
+        DTYPES[q.dtype],
+        B * T,
+        q.reshape(B * T, h, d).contiguous(),
+        rows_in_order(keys),
+        window.reshape(B * T, window.shape[-1]).contiguous(),
+        None if entries is None else rows_in_order(entries),
+        None if index is None else index.reshape(B * T, index.shape[-1]).contiguous(),
+        sink.float().contiguous(),
+        *tables,
+        out.view(B * T, h, d),
+        scale,
+        T,
+    )
+    return out
+
+
+def rows_in_order(x: Tensor) -> Tensor:
+    """x [B, S, d] with the rows of a request behind each other; requests may lie apart, as in a part of a cache."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def of_tokens(table: Tensor, B: int, T: int) -> Tensor:
+    """A table [B or 1, T or 1, 1, n] for heads as [B T or T, n] fp32: token b T + t reads its row modulo their number."""
+    lead = B if table.shape[0] > 1 else 1
+    return table.expand(lead, T, 1, table.shape[-1]).reshape(lead * T, -1).float().contiguous()

@@ -11,7 +11,7 @@ if find_spec("cutlass") is None:
 from dsv4_compile import kernel as base
 from dsv4_compile.cache.store import Store
 from dsv4_compile.errors import DSV4Warning, JitAfterWarmUp
-from dsv4_compile.kernels import mhc, norm, router
+from dsv4_compile.kernels import attention, attention_exact, mhc, norm, router
 
 SHAPE = router.Shape(24, 4)
 
@@ -81,6 +81,8 @@ NANO_AND_FLASH = [
     (mhc.PRE, mhc.Shape(4, 4096, "bf16", 20)),
     (mhc.PRE, mhc.Shape(4, 4096, "bf16", 0)),
     (mhc.POST, mhc.Shape(4, 4096, "bf16", 20)),
+    (attention.KERNEL, attention.Shape(64, 6, True, False, 16)),
+    (attention_exact.KERNEL, attention_exact.Shape(48, 6, True, False, 16, "fp32")),
     (norm.KERNEL, norm.Shape(512, "bf16", "none")),
     (norm.KERNEL, norm.Shape(4096, "bf16", "fp32")),
     (norm.KERNEL, norm.Shape(16384, "fp32", "fp32")),

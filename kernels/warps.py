@@ -1,0 +1,80 @@
+"""What a warp does at once and CuTeDSL has no short word for: products of small matrices, their operands from shared
+memory, copies into it, and reads of another block's. Addresses of shared memory are 32-bit integers."""
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from cutlass._mlir import ir
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import T
+
+
+def load_matrices(address):
+    """Four 8 by 8 matrices of 16-bit numbers; lane l names row l mod 8 of matrix l / 8, 16 bytes."""
+    return cute.arch.inline_ptx(
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        write_only_types=[Int32] * 4,
+        read_only_args=[address],
+    )
+
+
+def load_transposed(address):
+    """The same, each matrix transposed."""
+    return cute.arch.inline_ptx(
+        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        write_only_types=[Int32] * 4,
+        read_only_args=[address],
+    )
+
+
+def multiply(sums, a, b0, b1):
+    """sums += A B: A 16 by 16, B 16 by 8, bf16; sums, four registers, fp32."""
+    operands = [Int32(x).ir_value() for x in (*a, b0, b1)] + [Float32(sums[i]).ir_value() for i in range(4)]
+    found = llvm.inline_asm(
+        ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>"),
+        operands,
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$0,$1,$2,$3};",
+        "=f,=f,=f,=f,r,r,r,r,r,r,0,1,2,3",
+        has_side_effects=False,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+    )
+    for i in range(4):
+        sums[i] = Float32(llvm.extractvalue(T.f32(), found, [i]))
+
+
+def copy_16(target, source, size):
+    """Start copying `size` bytes (16 or 0) from global to shared memory; the rest of 16 becomes zero."""
+    cute.arch.inline_ptx(
+        "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, {$r2};", read_only_args=[target, source, size]
+    )
+
+
+def store_pair(address, low, high):
+    cute.arch.inline_ptx("st.shared.v2.f32 [{$r0}], {{$r1}, {$r2}};", read_only_args=[address, low, high])
+
+
+def of_block(address, block):
+    """Where another block of the cluster has what lies at `address` here."""
+    return cute.arch.inline_ptx(
+        "mapa.shared::cluster.u32 {$w0}, {$r0}, {$r1};",
+        write_only_types=[Int32],
+        read_only_args=[address, Int32(block)],
+    )
+
+
+def load_word(address, local: bool):
+    """From shared memory; `local`: of this block, else at an address that `of_block` gave."""
+    space = "shared" if local else "shared::cluster"
+    return cute.arch.inline_ptx(
+        f"ld.{space}.f32 {{$w0}}, [{{$r0}}];", write_only_types=[Float32], read_only_args=[address]
+    )
+
+
+def load_words(address, local: bool):
+    """Four."""
+    space = "shared" if local else "shared::cluster"
+    return cute.arch.inline_ptx(
+        f"ld.{space}.v4.f32 {{{{$w0}}, {{$w1}}, {{$w2}}, {{$w3}}}}, [{{$r0}}];",
+        write_only_types=[Float32] * 4,
+        read_only_args=[address],
+    )
