@@ -12,8 +12,7 @@ from . import config as configuration
 from .errors import FLOATS_ARE_INPUTS, GRADIENTS, NO_COMPILER, DSV4Warning, NoCompiler, SitesMissing
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from .bodies import Apart, Piece
     from .passes import PassManager
     from .reporting.report import Report
 
@@ -46,34 +45,28 @@ def build(
     observe: "Callable[[Report], None] | None" = None,
 ) -> Callable[..., Any]:
     """Compile with the given passes."""
-    from torch._inductor.compile_fx import compile_fx
-
+    from .bodies import taken_apart
     from .cudagraph import captured
     from .graphs.instances import inline_regions
-    from .reporting import sites, stored
+    from .reporting import sites
     from .reporting.report import HISTORY
 
-    config = manager.config
-    eager = chosen_inner(config.inner, example_inputs) == "eager"
+    config, report = manager.config, manager.report
     if not config.regions:
         inline_regions(gm)
-    graphs = config.inductor_captures
-    patches: dict[str, Any] = {} if graphs is None else {"triton.cudagraphs": graphs}
+    eager = chosen_inner(config.inner, example_inputs) == "eager"
     if eager or config.explain or config.diff:
-        patches["force_disable_caches"] = True
         keep_source_lines(gm)
-    file = None if "force_disable_caches" in patches else stored.place(gm, example_inputs, config)
-    manager.report.sites = sites.in_graph(gm)
-    manager.report.hint = FLOATS_ARE_INPUTS if takes_floats(gm) else ""
+    report.sites = sites.in_graph(gm)
+    report.hint = FLOATS_ARE_INPUTS if takes_floats(gm) else ""
     if needs_gradients(gm, example_inputs):
-        manager.report.skipped = GRADIENTS
+        report.skipped = GRADIENTS
         warnings.warn(GRADIENTS, DSV4Warning, stacklevel=2)
+    parts = None if report.skipped else taken_apart(gm, example_inputs)
+    if parts is None:
+        compiled = compile_graph(gm, example_inputs, manager, eager)
     else:
-        patches["joint_custom_pre_pass"] = manager
-    extra: dict[str, Any] = {"inner_compile": run_op_by_op} if eager else {}
-    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, **extra)
-    manager.seen.clear()
-    report = with_memory(manager.report, file)
+        compiled = compile_parts(parts, manager, eager)
     HISTORY.append(report)
     if config.explain:
         print(report, file=sys.stderr)
@@ -84,16 +77,56 @@ def build(
     return captured(compiled, gm, example_inputs) if config.captures else compiled
 
 
-def with_memory(report: "Report", file: "Path | None") -> "Report":
-    """Keep the report for warm starts; on a warm start, what was kept."""
+def compile_parts(parts: "Apart", manager: "PassManager", eager: bool) -> Callable[..., Any]:
+    """Compile the pieces of a graph that was taken apart; bodies are reported as called by the graph around them."""
+    from .graphs.instances import module_path
+    from .reporting.report import GraphReport
+
+    graphs = manager.report.graphs
+    around: list[GraphReport] = []
+    bodies: list[tuple[GraphReport, int]] = []
+
+    def compile_piece(piece: "Piece") -> Callable[..., Any]:
+        place = len(graphs)
+        compiled = compile_graph(piece.gm, piece.inputs, manager, eager)
+        if not piece.calls:
+            around.extend(graphs[place:])
+        elif len(graphs) > place:
+            bodies.append((graphs[-1], len(piece.calls)))
+            graphs[-1].layers = [module_path(call) for call in piece.calls]
+        return compiled
+
+    compiled = parts.compile(compile_piece)
+    if not around:
+        around.append(GraphReport())
+        graphs.extend(around)
+    around[0].bodies.update({graphs.index(body): count for body, count in bodies})
+    manager.report.settle()
+    return compiled
+
+
+def compile_graph(
+    gm: torch.fx.GraphModule, inputs: Sequence[Any], manager: "PassManager", eager: bool
+) -> Callable[..., Any]:
+    """Compile one graph, or with `eager` rewrite it and run it op by op. The report gets what the passes did to it, or what was kept of that for warm starts."""
+    from torch._inductor.compile_fx import compile_fx
+
     from .reporting import stored
 
-    if file is None or report.skipped:
-        return report
-    if report.graphs:
-        stored.save(report, file)
-        return report
-    return stored.load(file) or report
+    config, report, before = manager.config, manager.report, len(manager.report.graphs)
+    graphs = config.inductor_captures
+    patches: dict[str, Any] = {} if graphs is None else {"triton.cudagraphs": graphs}
+    if eager or config.explain or config.diff:
+        patches["force_disable_caches"] = True
+    file = None if "force_disable_caches" in patches else stored.place(gm, inputs, config)
+    if not report.skipped:
+        patches["joint_custom_pre_pass"] = manager
+    extra: dict[str, Any] = {"inner_compile": run_op_by_op} if eager else {}
+    compiled: Any = compile_fx(gm, inputs, config_patches=patches, **extra)
+    manager.seen.clear()
+    if file is not None and not report.skipped:
+        stored.remember(report, before, file)
+    return compiled
 
 
 def check_sites(report: "Report", manager: "PassManager") -> None:

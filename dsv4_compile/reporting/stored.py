@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,17 @@ def place(gm: torch.fx.GraphModule, inputs: Sequence[Any], config: Config) -> Pa
         kind = (x.dtype, tuple(x.shape), x.stride(), x.device.type) if isinstance(x, torch.Tensor) else type(x)
         digest.update(f"{kind}\0".encode())
     return Path(config.cache_dir or Path(cache_dir()) / "dsv4") / "reports" / f"{digest.hexdigest()}.json"
+
+
+def remember(report: Report, before: int, file: Path) -> None:
+    """Keep what is new in the report, from graph number `before` on; if nothing is, the graph came out of torch's caches:
+    add what was kept of it."""
+    new = [replace(g, bodies=Counter({i - before: n for i, n in g.bodies.items()})) for g in report.graphs[before:]]
+    if new:
+        save(replace(report, graphs=new), file)
+    elif kept := load(file):
+        report.merge(kept)
+        report.stored = True
 
 
 def save(report: Report, file: Path) -> None:

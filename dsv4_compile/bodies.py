@@ -1,0 +1,173 @@
+"""Layers that share a body: the body is compiled once, as a callable of its own, and the graph becomes a list of calls.
+
+AOT and Inductor go through every call of a region, so that 61 layers of 5 kinds cost as 61. Taken apart, each kind costs
+once; what lies between the calls is compiled piece by piece. Order is kept: Dynamo's graph writes to its inputs.
+"""
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx import Node
+
+
+@dataclass
+class Piece:
+    """A graph to be compiled on its own: consecutive nodes of the whole, or a body that several calls share."""
+
+    gm: fx.GraphModule
+    inputs: list[Any]  # examples
+    calls: list[Node] = field(default_factory=list)  # of a body
+
+
+@dataclass
+class Apart:
+    """A graph taken apart: `driver` calls the pieces, by their names."""
+
+    driver: fx.GraphModule
+    pieces: dict[str, Piece]
+
+    def compile(self, how: Callable[[Piece], Callable[..., Any]]) -> Callable[..., Any]:
+        """The whole as a callable, each piece compiled by `how`."""
+        for name, piece in self.pieces.items():
+            setattr(self.driver, name, Compiled(how(piece)))
+        return self.driver.forward
+
+
+class Compiled(torch.nn.Module):
+    """A compiled piece, as a module that fx can call."""
+
+    def __init__(self, run: Callable[..., Any]):
+        super().__init__()
+        self.run = run
+
+    def forward(self, *args: Any) -> Any:
+        return self.run(*args)
+
+
+def taken_apart(gm: fx.GraphModule, inputs: Sequence[Any]) -> Apart | None:
+    """Dynamo's graph in pieces, or None if no body is called twice in the same way, or more pieces lie between the calls
+    than taking them apart would save."""
+    own = shared(gm)
+    runs = list(between(gm, own))
+    if not own or len(runs) > len(set(own.values())) + 2:
+        return None
+    examples: dict[Node, Any] = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    sizes = [n for n in examples if isinstance(example(n, examples), torch.SymInt)]
+    starts = {run[0]: run for run in runs}
+    driver, value, pieces = fx.Graph(), dict[Node, Node](), dict[str, Piece]()
+
+    def call(name: str, taken: list[Node]) -> Node:
+        return driver.call_module(name, tuple(value[n] for n in taken))
+
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            value[node] = driver.placeholder(node.name)
+        elif node.op == "output":
+            driver.output(fx.node.map_arg(node.args[0], value.__getitem__))
+        elif node in own:
+            name, operands = own[node], list(node.args[2:])
+            if name not in pieces:
+                pieces[name] = body_piece(gm, node, [example(n, examples) for n in operands])
+            pieces[name].calls.append(node)
+            value[node] = call(name, operands)
+        elif is_item(node, own):
+            value[node] = driver.call_function(operator.getitem, (value[node.args[0]], node.args[1]))
+        elif run := starts.get(node):
+            name = f"piece_{len(pieces)}"
+            taken = list(dict.fromkeys([*(x for n in run for x in n.all_input_nodes if x not in run), *sizes]))
+            given = [n for n in run if any(user not in run for user in n.users)]
+            pieces[name] = Piece(piece_of(gm, run, taken, given), [example(n, examples) for n in taken])
+            result = call(name, taken)
+            value.update({n: driver.call_function(operator.getitem, (result, i)) for i, n in enumerate(given)})
+    root = torch.nn.Module()
+    for name in pieces:
+        setattr(root, name, torch.nn.Identity())  # until it is compiled
+    return Apart(fx.GraphModule(root, driver), pieces)
+
+
+def shared(gm: fx.GraphModule) -> dict[Node, str]:
+    """Calls of bodies that are called twice or more, with the name of the body's piece: calls whose operands alias each
+    other in the same way share one."""
+    groups: dict[tuple[str, tuple[int, ...]], list[Node]] = {}
+    for node in gm.graph.nodes:
+        if node.target is torch.ops.higher_order.invoke_subgraph and all(
+            u.target is operator.getitem for u in node.users
+        ):
+            groups.setdefault((node.args[0].target, aliases(node.args[2:])), []).append(node)
+    several = [calls for calls in groups.values() if len(calls) > 1]
+    return {call: f"body_{i}" for i, calls in enumerate(several) for call in calls}
+
+
+def aliases(operands: Sequence[Node]) -> tuple[int, ...]:
+    """For each operand the first one that lives in the same storage."""
+    first: dict[Any, int] = {}
+    values = (example(n, {}) for n in operands)
+    keys = (x.untyped_storage()._cdata if isinstance(x, torch.Tensor) else i for i, x in enumerate(values))
+    return tuple(first.setdefault(key, i) for i, key in enumerate(keys))
+
+
+def example(node: Node, given: dict[Node, Any]) -> Any:
+    """What the node holds while tracing."""
+    return given[node] if node in given else node.meta["example_value"]
+
+
+def is_item(node: Node, own: dict[Node, str]) -> bool:
+    return node.target is operator.getitem and node.args[0] in own
+
+
+def between(gm: fx.GraphModule, own: dict[Node, str]) -> Iterator[list[Node]]:
+    """The nodes before, between and after the calls, in runs that compute something."""
+    holders = {call.args[0] for call in own if all(user in own for user in call.args[0].users)}
+    run: list[Node] = []
+    for node in gm.graph.nodes:
+        if node in own or node.op == "output":
+            if any(n.op != "get_attr" for n in run):
+                yield run
+            run = []
+        elif node.op != "placeholder" and node not in holders and not is_item(node, own):
+            run.append(node)
+
+
+def body_piece(gm: fx.GraphModule, call: Node, inputs: list[Any]) -> Piece:
+    body = getattr(gm, call.args[0].target)
+    for place, operand in zip(body.graph.find_nodes(op="placeholder"), call.args[2:], strict=True):
+        known_to_dynamo(place, operand)
+    known_as_dynamos(body, gm)
+    return Piece(body, inputs)
+
+
+def piece_of(gm: fx.GraphModule, run: list[Node], taken: list[Node], given: list[Node]) -> fx.GraphModule:
+    """A graph of the nodes `run`, which reads `taken` and returns `given`."""
+    graph, copies, root = fx.Graph(), dict[Node, Node](), torch.nn.Module()
+    for node in taken:
+        copies[node] = place = graph.placeholder(node.name)
+        place.meta = dict(node.meta)
+        known_to_dynamo(place, node)
+    for node in run:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node.op in ("get_attr", "call_module"):
+            setattr(root, str(node.target), getattr(gm, str(node.target)))
+    graph.output(tuple(copies[n] for n in given))
+    piece = fx.GraphModule(root, graph)
+    known_as_dynamos(piece, gm)
+    return piece
+
+
+# AOT looks for what Dynamo notes on its graphs: where inputs come from, and which of them never move.
+
+
+def known_to_dynamo(place: Node, operand: Node) -> None:
+    source: Any = getattr(operand, "_dynamo_source", None)
+    place._dynamo_source = source  # type: ignore[attr-defined]
+    if "tensor_dict" in operand.meta:
+        place.meta["tensor_dict"] = operand.meta["tensor_dict"]
+
+
+def known_as_dynamos(piece: fx.GraphModule, gm: fx.GraphModule) -> None:
+    piece.meta = {**gm.meta, **piece.meta}
+    if hasattr(gm, "_param_name_to_source"):
+        piece._param_name_to_source = gm._param_name_to_source
