@@ -108,7 +108,8 @@ def compile_parts(parts: "Apart", manager: "PassManager", eager: bool) -> Callab
 def compile_graph(
     gm: torch.fx.GraphModule, inputs: Sequence[Any], manager: "PassManager", eager: bool
 ) -> Callable[..., Any]:
-    """Compile one graph, or with `eager` rewrite it and run it op by op. The report gets what the passes did to it, or what was kept of that for warm starts."""
+    """Compile one graph, or with `eager` rewrite it and run it op by op. The report gets what the passes did to it, or what
+    was kept of that for warm starts."""
     from torch._inductor.compile_fx import compile_fx
 
     from .reporting import stored
