@@ -13,6 +13,7 @@ where nobody else can, and what is inlined back into a graph. Ops are functional
 """
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -77,7 +78,7 @@ class Implementation:
         """True, or the reason why not. Arguments may be fake: only dtype, shape, strides and device may be asked."""
         if device.type != self.device:
             return f"runs on {self.device}, not on {device.type}"
-        if self.arch is not None and not runs_on(self.arch, torch.cuda.get_device_capability(device)):
+        if self.arch is not None and not runs_on(self.arch, capability(device)):
             return f"needs {self.arch}"
         if self.device == "cuda" and not has_cutedsl():
             return "GPU kernels need nvidia-cutlass-dsl and apache-tvm-ffi"
@@ -95,6 +96,15 @@ def at_least(count: int, rows: Callable[[Any], Any]) -> Callable[[Any], bool | s
 @cache
 def has_cutedsl() -> bool:
     return all(find_spec(name) is not None for name in ("cutlass", "tvm_ffi"))
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of the architecture that DSV4_ARCH says kernels are compiled for, else of the device."""
+    asked = os.environ.get("DSV4_ARCH")
+    if not asked:
+        return torch.cuda.get_device_capability(device)
+    digits = asked.removeprefix("sm_").rstrip("abcdef")
+    return int(digits[:-1]), int(digits[-1])
 
 
 def runs_on(arch: str, capability: tuple[int, int]) -> bool:

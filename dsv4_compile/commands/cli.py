@@ -11,12 +11,14 @@ from .arguments import Device, Disable, Dtype, Lowerings, Model, Option, Passes,
 from .bisect import bisect, shadow
 from .cache import app as cache_app
 from .explain import explain
+from .warm import warm
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(cache_app, name="cache")
 app.command()(explain)
 app.command()(bisect)
 app.command()(shadow)
+app.command()(warm)
 
 
 @app.callback()

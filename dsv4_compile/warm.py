@@ -1,0 +1,152 @@
+"""Which kernels a model will launch, found without a GPU and without its weights; and building them side by side.
+
+The model is traced on meta tensors. Every op is asked who claims it as if its tensors were on the GPU, and who does runs on
+fake tensors, with launches listed instead of made.
+"""
+
+import importlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from .config import Config
+from .op import Implementation, Op
+from .passes import PassManager
+
+if TYPE_CHECKING:
+    from .reference_model import DSV4Config
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A kernel of a module in kernels/, specialised; small enough to send to another process."""
+
+    module: str
+    kernel: str
+    shape: Any
+    config: Any
+
+    def __str__(self) -> str:
+        return f"{self.kernel} {self.shape} {self.config}"
+
+
+@dataclass
+class Survey:
+    """What a model needs: kernels, and why some that it may need are not known, by op."""
+
+    wanted: dict[Wanted, None] = field(default_factory=dict)
+    unknown: dict[str, str] = field(default_factory=dict)
+
+
+class Asking(PassManager):
+    """Claims ops as on the GPU, and notes what would be launched."""
+
+    def __init__(self, config: Config, rules: Any, ops: Any, survey: Survey):
+        super().__init__(config, rules, ops)
+        self.survey = survey
+
+    def claim(self, op: Op, arguments: dict[str, Any]) -> tuple[Implementation | None, list[str]]:
+        from .kernel import collecting
+
+        with unset_fake_temporarily(), FakeTensorMode():
+            moved = {name: on_gpu(a) for name, a in arguments.items()}
+            implementation, reasons = super().claim(op, moved)
+            if implementation is not None and implementation.device == "cuda":
+                with collecting() as launches:
+                    try:
+                        implementation.run(*moved.values())
+                    except Exception as error:
+                        self.survey.unknown[op.name] = f"{type(error).__name__}: {error}"
+                for kernel, shape, config in launches:
+                    name = f"dsv4_compile.kernels.{Path(kernel.file).stem}"
+                    self.survey.wanted[Wanted(name, kernel.name, shape, config)] = None
+        return implementation, reasons
+
+
+def on_gpu(x: Any) -> Any:
+    """The like of a tensor in fake memory of a GPU; sizes that are not known count as the ones they were traced with."""
+    from .op import hinted
+
+    if not isinstance(x, Tensor):
+        return hinted(x)
+    size, stride = [hinted(s) for s in x.shape], [hinted(s) for s in x.stride()]
+    return torch.empty_strided(size, stride, dtype=x.dtype, device="cuda")
+
+
+@contextmanager
+def compiling_for(arch: str) -> Iterator[None]:
+    """DSV4_ARCH is this."""
+    before = os.environ.get("DSV4_ARCH")
+    os.environ["DSV4_ARCH"] = arch
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["DSV4_ARCH"]
+        else:
+            os.environ["DSV4_ARCH"] = before
+
+
+def survey(
+    config: "DSV4Config", arch: str, batch: int, tokens: Iterable[int], max_len: int, dtype: torch.dtype
+) -> Survey:
+    """The kernels of calls of so many tokens each (1: decode) by a model of this config, computing in `dtype`."""
+    from .lowerings import OPS
+    from .patterns import RULES
+    from .reference_model import DSV4
+
+    found = Survey()
+    with torch.device("meta"):
+        model = DSV4(config).to("meta", dtype).eval().requires_grad_(False)  # some of it is made on the CPU
+    with compiling_for(arch), torch.no_grad():
+        for count in tokens:
+            torch._dynamo.reset()
+            manager = Asking(Config(inner="eager"), RULES, OPS, found)
+            forward = torch.compile(model, backend=partial(look, manager), dynamic=False, fullgraph=True)
+            forward(torch.zeros(batch, count, dtype=torch.int64, device="meta"), model.new_state(batch, max_len))
+    torch._dynamo.reset()
+    return found
+
+
+def look(manager: PassManager, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """A backend that shows the graph to the passes, and runs it as it was."""
+    from torch._inductor.compile_fx import compile_fx
+
+    from .backend import run_op_by_op
+
+    patches = {"joint_custom_pre_pass": manager, "force_disable_caches": True}
+    compile_fx(gm, inputs, inner_compile=run_op_by_op, config_patches=patches)
+    return gm.forward
+
+
+def build_all(
+    wanted: Iterable[Wanted], arch: str, jobs: int, done: Callable[[Wanted, bool, Exception | None], None]
+) -> None:
+    """Build what the cache does not hold, in `jobs` processes; done(kernel, whether it was built now, or why it was not)."""
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        tasks = {pool.submit(build_one, one, arch): one for one in wanted}
+        for task in as_completed(tasks):
+            error = task.exception()
+            if error is not None and not isinstance(error, Exception):
+                raise error
+            done(tasks[task], error is None and task.result(), error)
+
+
+def build_one(wanted: Wanted, arch: str) -> bool:
+    """Whether it had to be built. Runs in a process of its own."""
+    from .kernel import STORE, Kernel
+
+    kernels = vars(importlib.import_module(wanted.module)).values()
+    kernel = next(k for k in kernels if isinstance(k, Kernel) and k.name == wanted.kernel)
+    key = kernel.key(wanted.shape, wanted.config, arch)
+    return STORE.load_or_build(key, lambda: kernel.build(wanted.shape, wanted.config, arch))[1]

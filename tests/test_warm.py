@@ -1,0 +1,59 @@
+"""Kernels that a model will launch are known, and built, without a GPU."""
+
+import pytest
+import torch
+
+from dsv4_compile import warm
+from dsv4_compile.op import capability
+from dsv4_compile.reference_model import DSV4Config
+
+pytest.importorskip("cutlass", reason="kernels are written in CuTeDSL")
+
+from dsv4_compile.cache.store import Store
+from dsv4_compile.kernel import collecting
+from dsv4_compile.kernels import router
+
+
+def one_layer(**change) -> DSV4Config:
+    fields = dict(num_hidden_layers=1, layer_types=("sliding_attention",), mlp_layer_types=("moe",))
+    return DSV4Config.tiny().replace(**fields, hc_sinkhorn_iters=2, num_nextn_predict_layers=0, **change)
+
+
+def test_launches_are_listed_and_nothing_is_compiled():
+    x = torch.zeros(3, 8)
+    with collecting() as wanted:
+        router.launch(x, x[0], torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2), 1.0, 0.0)
+    assert [(k.name, shape) for k, shape, _ in wanted] == [("router", router.Shape(8, 2))]
+
+
+def test_a_survey_names_the_kernels_of_a_model():
+    config = one_layer(n_routed_experts=12, num_experts_per_tok=3)
+    found = warm.survey(config, "sm_90a", 1, [1], 64, torch.bfloat16)
+    assert not found.unknown, found.unknown
+    shapes = {w.kernel: w.shape for w in found.wanted}
+    assert shapes["router"] == router.Shape(12, 3) and "mhc_pre" in shapes
+
+
+def test_what_was_built_is_in_the_cache_and_is_not_built_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("DSV4_CACHE_DIR", str(tmp_path))
+    wanted = [warm.Wanted("dsv4_compile.kernels.router", "router", router.Shape(8, 2), next(router.configs(None)))]
+    told = []
+    for _ in range(2):
+        warm.build_all(wanted, "sm_90a", 1, lambda *done: told.append(done))
+    assert told == [(wanted[0], True, None), (wanted[0], False, None)]
+    assert Store(tmp_path).load(router.KERNEL.key(router.Shape(8, 2), wanted[0].config, "sm_90a"))
+
+
+def test_a_kernel_that_does_not_compile_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("DSV4_CACHE_DIR", str(tmp_path))
+    wanted = warm.Wanted("dsv4_compile.kernels.router", "router", router.Shape(8, 2), None)
+    told = []
+    warm.build_all([wanted], "sm_90a", 1, lambda *done: told.append(done))
+    ((one, built, error),) = told
+    assert one is wanted and not built and isinstance(error, Exception)
+
+
+def test_the_architecture_asked_for_is_the_one_that_ops_are_claimed_for(monkeypatch):
+    for name, expected in {"sm_90a": (9, 0), "sm_100a": (10, 0), "sm_80": (8, 0)}.items():
+        monkeypatch.setenv("DSV4_ARCH", name)
+        assert capability(torch.device("cuda")) == expected
