@@ -83,9 +83,9 @@ WANTED: "list[tuple[Kernel, Any, Any]] | None" = None
 def collecting() -> "Iterator[list[tuple[Kernel, Any, Any]]]":
     """Inside, launches run nothing: kernel, shape and config of each are listed. The tensors may be fake."""
     global WANTED
-    WANTED = wanted = []
+    WANTED = []
     try:
-        yield wanted
+        yield WANTED
     finally:
         WANTED = None
 

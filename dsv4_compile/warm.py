@@ -124,8 +124,9 @@ def look(manager: PassManager, gm: torch.fx.GraphModule, inputs: Sequence[Any]) 
 
     from .backend import run_op_by_op
 
-    patches = {"joint_custom_pre_pass": manager, "force_disable_caches": True}
-    compile_fx(gm, inputs, inner_compile=run_op_by_op, config_patches=patches)
+    patches: dict[str, Any] = {"joint_custom_pre_pass": manager, "force_disable_caches": True}
+    inner: dict[str, Any] = {"inner_compile": run_op_by_op}
+    compile_fx(gm, inputs, config_patches=patches, **inner)
     return gm.forward
 
 
