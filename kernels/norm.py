@@ -1,4 +1,5 @@
-"""RMSNorm, with and without a weight. A row is read once and kept in registers; a warp or several hold it."""
+"""RMSNorm, with and without a weight, with and without RoPE behind it. A row is read once and kept in registers; a warp or
+several hold it."""
 
 import operator
 from collections.abc import Iterator
@@ -6,7 +7,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, const_expr
+from cutlass import BFloat16, Float32, Int32, const_expr
 
 from dsv4_compile.kernel import Kernel, fake, stream
 
@@ -15,11 +16,13 @@ DTYPES = {"bf16": BFloat16, "fp32": Float32}
 
 @dataclass(frozen=True)
 class Shape:
-    """Rows of D numbers of `dtype`, D a multiple of 4 and at most 16384; weight: its dtype, or "none"."""
+    """Rows of D numbers of `dtype`, D a multiple of 4 and at most 16384; weight: its dtype, or "none". rope: trailing
+    columns to rotate in pairs, or 0."""
 
     D: int
     dtype: str
     weight: str
+    rope: int = 0
 
     @property
     def vector(self) -> int:
@@ -37,19 +40,20 @@ class Config:
 
 class RMSNorm:
     def __init__(self, shape: Shape, config: Config):
-        self.D, self.vector, self.weight = shape.D, shape.vector, DTYPES.get(shape.weight)
+        self.D, self.vector, self.weight, self.rope = shape.D, shape.vector, DTYPES.get(shape.weight), shape.rope
         self.dtype, self.warps, self.rows = DTYPES[shape.dtype], config.warps, config.rows
         self.threads = 32 * config.warps  # of a row
         self.vectors = shape.D // shape.vector
         self.loads = -(-self.vectors // self.threads)
 
     @cute.jit
-    def __call__(self, x, weight, out, eps: Float32, stream):
-        grid = [cute.ceil_div(x.shape[0], self.rows), 1, 1]
-        self.kernel(x, weight, out, eps).launch(grid=grid, block=[self.threads * self.rows, 1, 1], stream=stream)
+    def __call__(self, x, weight, cos, sin, out, eps: Float32, inner: Int32, stream):
+        self.kernel(x, weight, cos, sin, out, eps, inner).launch(
+            grid=[cute.ceil_div(x.shape[0], self.rows), 1, 1], block=[self.threads * self.rows, 1, 1], stream=stream
+        )
 
     @cute.kernel
-    def kernel(self, x, weight, out, eps):
+    def kernel(self, x, weight, cos, sin, out, eps, inner):
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         here, t = thread // self.threads, thread % self.threads
@@ -87,6 +91,8 @@ class RMSNorm:
         y = y * cute.math.rsqrt(squares / Float32(self.D) + eps)
         if const_expr(self.weight is not None):
             y = y * weights.load().to(Float32)
+        if const_expr(self.rope > 0):
+            y = self.rotated(y, (place // inner) % cos.shape[0], cos, sin, t)
         kept.store(y.to(self.dtype))
         target = cute.zipped_divide(out[place, None], (self.vector,))
         for i in cutlass.range_constexpr(self.loads):
@@ -94,16 +100,38 @@ class RMSNorm:
             if v < self.vectors and inside:
                 cute.autovec_copy(kept[None, i], target[None, v])
 
+    @cute.jit
+    def rotated(self, y, angles, cos, sin, t):
+        """Pairs of the trailing columns, by their row of the tables."""
+        turned = cute.make_rmem_tensor((self.vector, self.loads), Float32)
+        turned.store(y)
+        first = self.D - self.rope
+        for i in cutlass.range_constexpr(self.loads):
+            for p in cutlass.range_constexpr(self.vector // 2):
+                if const_expr(((i + 1) * self.threads - 1) * self.vector + 2 * p >= first):  # else never among them
+                    column = (i * self.threads + t) * self.vector + 2 * p
+                    if column >= first and column < self.D:
+                        c, s = cos[angles, (column - first) // 2], sin[angles, (column - first) // 2]
+                        a, b = turned[2 * p, i], turned[2 * p + 1, i]
+                        turned[2 * p, i] = a * c - b * s
+                        turned[2 * p + 1, i] = a * s + b * c
+        return turned.load()
+
 
 def program(shape: Shape, config: Config):
-    """x [N, D], weight [D] or None -> out [N, D]; eps."""
+    """x [N, D], weight [D] or None, cos and sin [P, rope / 2] fp32 or None -> out [N, D]; eps; inner: row r of x is turned by
+    row (r / inner) mod P of the tables."""
     N, dtype = cute.sym_int(), DTYPES[shape.dtype]
+    table = fake(Float32, cute.sym_int(), shape.rope // 2, align=4) if shape.rope else None
     align = shape.vector * dtype.width // 8
     arguments = (
         fake(dtype, N, shape.D, align=align),
         None if shape.weight == "none" else fake(DTYPES[shape.weight], shape.D, align=8 if shape.D % 8 else 16),
+        table,
+        table,
         fake(dtype, N, shape.D, align=align),
         Float32(0.0),
+        Int32(1),
         stream(),
     )
     return RMSNorm(shape, config), arguments
@@ -130,6 +158,6 @@ def configs(shape: Shape) -> Iterator[Config]:
 KERNEL = Kernel("rms_norm", __file__, program, configs)
 
 
-def launch(shape: Shape, x, weight, out, eps: float) -> None:
+def launch(shape: Shape, *arguments) -> None:
     """See `program`."""
-    KERNEL.launcher(shape)(x, weight, out, eps)
+    KERNEL.launcher(shape)(*arguments)

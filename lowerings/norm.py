@@ -1,6 +1,8 @@
 """RMSNorm."""
 
 import math
+from collections.abc import Sequence
+from itertools import takewhile
 
 import torch
 
@@ -50,23 +52,46 @@ DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 def fits_the_kernel(a) -> bool | str:
     """What kernels/norm.py is written for."""
     D = a.x.shape[-1]
-    if a.x.dtype not in DTYPES or getattr(a, "weight", a.x).dtype not in DTYPES:
+    weight = getattr(a, "weight", None)
+    if a.x.dtype not in DTYPES or (weight is not None and weight.dtype not in DTYPES):
         return "x and weight must be bfloat16 or float32"
     if not isinstance(D, int) or D % 4 or not 0 < D <= LONGEST:
         return f"rows of {D}: a multiple of 4 is needed, {LONGEST} at most"
     return True
 
 
-def normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+def normed(
+    x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None = None, sin: Tensor | None = None
+) -> Tensor:
+    """By the kernel; with cos and sin, whose leading axes broadcast against those of x, turned by RoPE."""
     from dsv4_compile.kernels.norm import Shape, launch
 
     D = x.shape[-1]
     rows = x.reshape(-1, D).contiguous()
     out = torch.empty_like(rows)
     if len(rows):
+        inner = 1 if cos is None else repeated(cos.shape, x.shape)
+        tables = [None if t is None else table(t, x) for t in (cos, sin)]
         of_weight = "none" if weight is None else DTYPES[weight.dtype]
-        launch(Shape(D, DTYPES[x.dtype], of_weight), rows, None if weight is None else weight.contiguous(), out, eps)
+        shape = Shape(D, DTYPES[x.dtype], of_weight, 0 if cos is None else 2 * cos.shape[-1])
+        launch(shape, rows, None if weight is None else weight.contiguous(), *tables, out, eps, inner)
     return out.view(x.shape)
+
+
+def repeated(small: Sequence[int], large: Sequence[int]) -> int:
+    """How many rows of x in a row have one row of a table: the axes before the last in which the table has size 1."""
+    lead = list(zip(reversed(small[:-1]), reversed(large[:-1]), strict=False))
+    return math.prod(size for _, size in takewhile(lambda pair: pair[0] == 1, lead))
+
+
+def table(x: Tensor, of: Tensor) -> Tensor:
+    """As [P, n] fp32. Its first and last axes of size 1 stay what they are, those between are repeated as in `of`."""
+    shape = list(x.shape[:-1])
+    ends = [i for i, size in enumerate(shape) if size != 1]
+    if ends:
+        place = of.dim() - x.dim()
+        shape = [of.shape[place + i] if ends[0] <= i <= ends[-1] else 1 for i in range(len(shape))]
+    return x.expand(*shape, x.shape[-1]).reshape(-1, x.shape[-1]).float().contiguous()
 
 
 @rms_norm.on("cuda", arch="sm_90+", when=fits_the_kernel)

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from dsv4_compile.lowerings.norm import rms_norm, unit_norm
+from dsv4_compile.lowerings.norm import fits_the_kernel, normed, rms_norm, unit_norm
 from dsv4_compile.op import Cost, Tensor, acc, op
 
 
@@ -34,7 +34,7 @@ def norm_rope(x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Te
     to its keys.
 
     x [..., d], weight [d] or None, cos and sin as `rope` takes them -> [..., d] of x's dtype. Between the two the result
-    may be rounded to x's dtype or not. No implementation: Inductor makes two loops of it.
+    may be rounded to x's dtype or not. None on the CPU: Inductor makes two loops of it.
     Source: DeepSeek-V4, attention.
     """
     return rope(unit_norm(x, eps) if weight is None else rms_norm(x, weight, eps), cos, sin, False)
@@ -50,3 +50,13 @@ def _(N, P, d, dr):
 def _(a):
     *lead, d = a.x.shape
     return dict(N=math.prod(lead), P=math.prod(a.cos.shape[:-1]), d=d, dr=2 * a.cos.shape[-1])
+
+
+def fits_with_rope(a) -> bool | str:
+    dr = 2 * a.cos.shape[-1]
+    return fits_the_kernel(a) if isinstance(dr, int) and dr <= a.x.shape[-1] else "tables of another size than x"
+
+
+@norm_rope.on("cuda", arch="sm_90+", when=fits_with_rope)
+def _(x, weight, eps, cos, sin):
+    return normed(x, weight, eps, cos, sin)

@@ -84,6 +84,7 @@ NANO_AND_FLASH = [
     (attention.KERNEL, attention.Shape(64, 6, True, False, 16)),
     (attention_exact.KERNEL, attention_exact.Shape(48, 6, True, False, 16, "fp32")),
     (norm.KERNEL, norm.Shape(512, "bf16", "none")),
+    (norm.KERNEL, norm.Shape(512, "bf16", "fp32", 64)),
     (norm.KERNEL, norm.Shape(4096, "bf16", "fp32")),
     (norm.KERNEL, norm.Shape(16384, "fp32", "fp32")),
 ]

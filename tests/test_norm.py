@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_compile.lowerings.norm import rms_norm, unit_norm
+from dsv4_compile.lowerings.norm import repeated, rms_norm, table, unit_norm
 
 EPS = 1e-3  # large enough to be missed
 
@@ -63,6 +63,17 @@ def test_the_spellings_raise(f, dtype, of_weight, rewritten):
     result, report = rewritten(f, x, weight.to(of_weight))
     assert report.rules["raise.rms_norm"] == 1
     torch.testing.assert_close(result, f(x, weight.to(of_weight)))
+
+
+@pytest.mark.parametrize(
+    "of_table", [(2, 3, 1), (1, 3, 1), (2, 1, 1), (2, 1, 4), (1, 1, 4), (1, 1, 1), (3, 1), (2, 3, 4), ()], ids=str
+)
+def test_every_row_finds_its_row_of_a_table(of_table):
+    """As the kernel does: row r reads row (r / inner) mod P."""
+    x, t = torch.zeros(2, 3, 4, 8), torch.randn(*of_table, 5)
+    inner, flat = repeated(t.shape, x.shape), table(t, x)
+    got = flat[torch.arange(24) // inner % len(flat)]
+    assert torch.equal(got, t.expand(2, 3, 4, 5).reshape(24, 5))
 
 
 # On a GPU

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv4_compile.lowerings.rope import rope
+from dsv4_compile.lowerings.rope import norm_rope, rope
 from dsv4_compile.reference_model.layers import rope as of_the_model
 
 
@@ -146,3 +146,28 @@ def test_tables_that_are_not_doubled_side_by_side_stay(rewritten):
     result, report = rewritten(f, x, cos, sin)
     assert report.rules["raise.rope"] == 0
     torch.testing.assert_close(result, f(x, cos, sin))
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("weight", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("d", "dr"), [(512, 64), (48, 16), (36, 6), (1536, 1536)])
+@pytest.mark.parametrize(
+    ("lead", "table"),
+    [
+        ((1, 1, 5), (1, 1, 1)),
+        ((2, 3, 4), (2, 3, 1)),
+        ((2, 3, 4), (1, 3, 1)),
+        ((2, 70), (2, 70)),
+        ((2, 3, 4), (2, 1, 4)),
+    ],
+    ids=str,
+)
+def test_the_kernel_of_norm_and_rope_is_the_meaning(lead, table, d, dr, weight, dtype, kernel_parity):
+    tolerance = dict(rtol=1e-2, atol=1e-2) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
+    (x, cos, sin), (y, *others) = (drawn(lead, d, dr, table, dtype, seed) for seed in (0, 1))
+    w = None if weight is None else torch.rand(d, generator=torch.Generator().manual_seed(2)).to(weight)
+    kernel_parity(norm_rope, x, w, 1e-3, cos, sin, others=(y, w, 1e-3, *others), **tolerance)
