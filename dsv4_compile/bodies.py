@@ -92,7 +92,7 @@ def taken_apart(gm: fx.GraphModule, inputs: Sequence[Any]) -> Apart | None:
 def shared(gm: fx.GraphModule) -> dict[Node, str]:
     """Calls of bodies that are called twice or more, with the name of the body's piece: calls whose operands alias each
     other in the same way share one."""
-    groups: dict[tuple[str, tuple[int, ...]], list[Node]] = {}
+    groups: dict[tuple[str, tuple[tuple[int, Any], ...]], list[Node]] = {}
     for node in gm.graph.nodes:
         if node.target is torch.ops.higher_order.invoke_subgraph and all(
             u.target is operator.getitem for u in node.users
@@ -102,12 +102,17 @@ def shared(gm: fx.GraphModule) -> dict[Node, str]:
     return {call: f"body_{i}" for i, calls in enumerate(several) for call in calls}
 
 
-def aliases(operands: Sequence[Node]) -> tuple[int, ...]:
-    """For each operand the first one that lives in the same storage."""
-    first: dict[Any, int] = {}
-    values = (example(n, {}) for n in operands)
-    keys = (x.untyped_storage()._cdata if isinstance(x, torch.Tensor) else i for i, x in enumerate(values))
-    return tuple(first.setdefault(key, i) for i, key in enumerate(keys))
+def aliases(operands: Sequence[Node]) -> tuple[tuple[int, Any], ...]:
+    """For each operand the first one that lives in the same storage, and how far behind that it starts."""
+    first: dict[int, tuple[int, Any]] = {}
+    found: list[tuple[int, Any]] = []
+    for i, x in enumerate(example(n, {}) for n in operands):
+        if isinstance(x, torch.Tensor):
+            place, start = first.setdefault(x.untyped_storage()._cdata, (i, x.storage_offset()))
+            found.append((place, x.storage_offset() - start))
+        else:
+            found.append((i, 0))
+    return tuple(found)
 
 
 def example(node: Node, given: dict[Node, Any]) -> Any:
