@@ -94,13 +94,7 @@ def test_calls_whose_operands_alias_otherwise_share_no_body():
         args = body, "body", *(places[o] for o in operands)
         calls.append(gm.graph.call_function(torch.ops.higher_order.invoke_subgraph, args))
     names = ["body_0", "body_0", "body_1", "body_1", None, None]
-    assert [dsv4_compile.bodies.shared(gm).get(call) for call in calls] == [
-        "body_0",
-        "body_0",
-        "body_1",
-        "body_1",
-        None,
-    ]
+    assert [dsv4_compile.bodies.shared(gm).get(call) for call in calls] == names
 
 
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
