@@ -1,9 +1,10 @@
 """Compile time against the number of layers: the tiny model's kinds of layer, in 6 layers and in 61.
 
-    python -P benchmarks/scaling.py [--phase decode|prefill] [--layers 6,61]
+    python -P benchmarks/scaling.py [--phase decode|prefill] [--layers 6,61] [--inner eager|inductor]
 
-Each size compiles anew, past all caches, with inner="eager": Dynamo, AOT and our passes, no generated code. Times are CPU
-seconds of this process, so that other work on the machine does not count; the first size runs once before it is measured.
+Each size compiles anew, past all caches. inner="eager": Dynamo, AOT and our passes, no generated code, in CPU seconds of
+this process, so that other work on the machine does not count. inner="inductor": all of it, in seconds of the clock, as
+compilers run beside. The first size runs once before it is measured; what the model itself takes is subtracted.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch._inductor.config
 from torch._dynamo.utils import compilation_time_metrics
 
 from dsv4_compile.backend import backend
@@ -40,39 +42,43 @@ def model(layers: int) -> DSV4:
     return DSV4(config).eval().requires_grad_(False)
 
 
-def cpu_seconds(call: Callable[[], object]) -> float:
-    start = time.process_time()
+def seconds_of(call: Callable[[], object], clock: Callable[[], float]) -> float:
+    start = clock()
     call()
-    return time.process_time() - start
+    return clock() - start
 
 
-def measure(layers: int, phase: str) -> str:
+def measure(layers: int, phase: str, inner: str = "eager") -> str:
     torch._dynamo.reset()
     compilation_time_metrics.clear()
     net, reports = model(layers), []
-    how = partial(backend, options={"inner": "eager"}, observe=reports.append)
+    how = partial(backend, options={"inner": inner}, observe=reports.append)
     compiled = torch.compile(net, backend=how, fullgraph=True, dynamic=False)
     tokens, state = torch.arange(19 if phase == "prefill" else 1).unsqueeze(0), net.new_state(1, 64)
     with torch.no_grad():
-        first, run = (cpu_seconds(lambda: compiled(tokens, state)) for _ in range(2))
+        clock = time.process_time if inner == "eager" else time.perf_counter
+        first, run = (seconds_of(lambda: compiled(tokens, state), clock) for _ in range(2))
     seconds = first - run  # what is left of the first call without the model's own work
     parts = [f"{name} {sum(compilation_time_metrics.get(key, [0])):.1f}" for name, key in SHOWN.items()]
     traced = len(compilation_time_metrics.get("invoke_subgraph_trace", []))
     graphs = ", ".join(f"{g.nodes_before} x {g.calls}" for g in reports[0].graphs)
-    return f"{layers} layers: {seconds:.1f} CPU s ({', '.join(parts)} s wall; {traced} layers traced); graphs {graphs}"
+    unit = "CPU s" if inner == "eager" else "s"
+    return f"{layers} layers: {seconds:.1f} {unit} ({', '.join(parts)} s wall; {traced} layers traced); graphs {graphs}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--phase", choices=("prefill", "decode"), default="decode")
     parser.add_argument("--layers", default="6,61")
+    parser.add_argument("--inner", choices=("eager", "inductor"), default="eager")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    torch._inductor.config.force_disable_caches = True
     sizes = [int(n) for n in asked.layers.split(",")]
-    print(torch.__version__, asked.phase)
-    measure(sizes[0], asked.phase)  # rules are traced on their first use
+    print(torch.__version__, asked.phase, asked.inner)
+    measure(sizes[0], asked.phase, "eager")  # rules are traced on their first use
     for layers in sizes:
-        print(measure(layers, asked.phase), flush=True)
+        print(measure(layers, asked.phase, asked.inner), flush=True)
 
 
 if __name__ == "__main__":
