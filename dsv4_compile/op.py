@@ -133,7 +133,9 @@ class Op:
         return getattr(torch.ops.dsv4, self.name).default
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.target(*args, **kwargs)
+        if len(args) < len(self.signature.parameters):
+            args = tuple(self.arguments(*args, **kwargs).values())
+        return self.target(*args)
 
     def arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """All arguments by name, defaults filled in."""

@@ -2,6 +2,7 @@
 
 import torch
 
+from dsv4_compile.lowerings.rope import rope
 from dsv4_compile.op import Cost, Tensor, acc, at_least, known, op
 
 
@@ -23,8 +24,11 @@ def attention(
 
     With s = scale q . k: o = sum_j e^s_j k_j / (sum_j e^s_j + e^sink), or, `sink_on_window`, the sink added to the
     window's logits instead. Source: DeepSeek-V4, attention core. A query whose lists are all -1 gives 0 in the first form
-    and is undefined in the second.
+    and is undefined in the second. With cos and sin [B, T, 1, dr/2], B or T of them possibly 1, the output is turned back:
+    `rope(o, cos, sin, inverse=True)`; nobody has to round o to q's dtype before.
     """
+    if cos is not None and sin is not None:
+        return rope(attention(q, keys, window, sink, entries, index, scale, sink_on_window), cos, sin, True)
     batch = torch.arange(q.shape[0], device=q.device).view(-1, 1, 1)
     rows = keys[batch, window.clamp(min=0)]
     W = window.shape[-1]
@@ -43,24 +47,40 @@ def attention(
 
 
 @attention.cost
-def _(B, T, h, d, W, K):
-    rows = B * T * (W + K)
-    return Cost(flops=4 * h * d * rows, read=2 * d * rows + 8 * rows + 2 * B * T * h * d, write=2 * B * T * h * d)
+def _(B, T, h, d, W, K, dr):
+    rows, q = B * T * (W + K), 2 * B * T * h * d
+    return Cost(flops=4 * h * d * rows + 3 * B * T * h * dr, read=2 * d * rows + 8 * rows + q + 4 * B * T * dr, write=q)
 
 
 @attention.sizes
 def _(a):
     B, T, h, d = a.q.shape
-    return dict(B=B, T=T, h=h, d=d, W=a.window.shape[-1], K=0 if a.index is None else a.index.shape[-1])
+    K = 0 if a.index is None else a.index.shape[-1]
+    return dict(B=B, T=T, h=h, d=d, W=a.window.shape[-1], K=K, dr=rotary(a))
+
+
+def rotary(a) -> int:
+    """Channels that are turned back."""
+    return 0 if a.cos is None else 2 * a.cos.shape[-1]
 
 
 @op("dsv4::dense_attention")
-def dense_attention(q: Tensor, rows: Tensor, mask: Tensor, sink: Tensor, scale: float) -> Tensor:
+def dense_attention(
+    q: Tensor,
+    rows: Tensor,
+    mask: Tensor,
+    sink: Tensor,
+    scale: float,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> Tensor:
     """The same core over all rows, with a mask that is added to the logits: for masks that only the data knows.
 
-    q [B, T, h, d]; rows [B, S, d]; mask [B, 1, T, S]; sink [h] (at least fp32). Returns [B, T, h, d] of q's dtype, computed
-    in at least fp32. Source: DeepSeek-V4, attention core.
+    q [B, T, h, d]; rows [B, S, d]; mask [B, 1, T, S]; sink [h] (at least fp32); cos, sin as above. Returns [B, T, h, d] of
+    q's dtype, computed in at least fp32. Source: DeepSeek-V4, attention core.
     """
+    if cos is not None and sin is not None:
+        return rope(dense_attention(q, rows, mask, sink, scale), cos, sin, True)
     k = acc(rows).unsqueeze(1)
     s = acc(q).transpose(1, 2) @ k.transpose(-1, -2) * scale + acc(mask)
     s = torch.cat([s, sink.view(1, -1, 1, 1).expand(*s.shape[:-1], 1)], -1)
@@ -68,19 +88,26 @@ def dense_attention(q: Tensor, rows: Tensor, mask: Tensor, sink: Tensor, scale: 
 
 
 @dense_attention.cost
-def _(B, T, h, d, S):
+def _(B, T, h, d, S, dr):
+    q = 2 * B * T * h * d
     return Cost(
-        flops=4 * B * T * h * d * S, read=2 * B * S * d + 4 * B * T * S + 2 * B * T * h * d, write=2 * B * T * h * d
+        flops=2 * q * S + 3 * B * T * h * dr,
+        read=2 * B * S * d + 4 * B * T * (S + dr) + q,
+        write=q,
     )
 
 
 @dense_attention.sizes
 def _(a):
     B, T, h, d = a.q.shape
-    return dict(B=B, T=T, h=h, d=d, S=a.rows.shape[1])
+    return dict(B=B, T=T, h=h, d=d, S=a.rows.shape[1], dr=rotary(a))
 
 
 BLOCK = 1 << 18  # elements of gathered rows at a time: they stay in a core's L2 cache
+
+
+def not_turned(a) -> bool | str:
+    return same_batch(a) if a.cos is None else "turned back by loops that Inductor makes"
 
 
 def same_batch(a) -> bool | str:
@@ -88,8 +115,8 @@ def same_batch(a) -> bool | str:
     return known(a.keys.shape[0] == a.q.shape[0]) or "q and keys differ in batch"
 
 
-@attention.on("cpu", when=same_batch, worth=at_least(16, rows=lambda a: a.q.shape[0] * a.q.shape[1]))
-def _(q, keys, window, sink, entries, index, scale, sink_on_window):
+@attention.on("cpu", when=not_turned, worth=at_least(16, rows=lambda a: a.q.shape[0] * a.q.shape[1]))
+def _(q, keys, window, sink, entries, index, scale, sink_on_window, cos, sin):
     B, T, h, d = q.shape
     N, wide = B * T, acc(q).dtype
     lists = [(window, keys)] if index is None else [(window, keys), (index, entries)]

@@ -271,12 +271,17 @@ CONTRACTS: dict[str, Contract] = {
     "dense_attention": Contract(
         ("q",),
         order="one softmax over all rows, maximum first",
-        draws={"mask": Mask()},
+        draws={"mask": Mask(), "cos": Uniform(-1, 1), "sin": Uniform(-1, 1)},
     ),
     "attention": Contract(
         ("q",),
         order="one softmax over window and entries, maximum first",
-        draws={"window": Rows("keys", 1, none=True), "index": Rows("entries", 1, none=True)},
+        draws={
+            "window": Rows("keys", 1, none=True),
+            "index": Rows("entries", 1, none=True),
+            "cos": Uniform(-1, 1),
+            "sin": Uniform(-1, 1),
+        },
     ),
 }
 

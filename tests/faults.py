@@ -28,12 +28,17 @@ BY_NAME = {op.name: op for op in OPS}
 @dataclass(frozen=True)
 class Fault:
     """`wrong(right, a)`: the outputs of op `op` with a mistake, given its meaning and its arguments. `implementation`: the
-    meaning stays right and only what runs on the CPU is wrong."""
+    meaning stays right and only what runs on the CPU is wrong. `fusion`: whose rules emit it."""
 
     name: str
     op: str
     wrong: Callable[[Callable[..., Any], dict[str, Any]], Any]
     implementation: bool = False
+    fusion: str = ""
+
+    def __post_init__(self) -> None:
+        first = next(r.name for r in RULES if r.op.name == self.op)
+        object.__setattr__(self, "fusion", self.fusion or first)
 
 
 FAULTS: list[Fault] = []
@@ -47,9 +52,13 @@ def fault(op: str, implementation: bool = False) -> Callable[[Callable[..., Any]
     return declare
 
 
-def changed(op: str, name: str, **edits: Callable[[dict[str, Any]], Any]) -> None:
+def changed(op: str, name: str, fusion: str = "", **edits: Callable[[dict[str, Any]], Any]) -> None:
     """A fault that only changes arguments: each edit gives one from all of them."""
-    FAULTS.append(Fault(f"{op}: {name}", op, lambda right, a: right(**(a | {k: e(a) for k, e in edits.items()}))))
+
+    def wrong(right: Callable[..., Any], a: dict[str, Any]) -> Any:
+        return right(**(a | {k: e(a) for k, e in edits.items()}))
+
+    FAULTS.append(Fault(f"{op}: {name}", op, wrong, fusion=fusion))
 
 
 @cache
@@ -78,7 +87,7 @@ def clone(fault: Fault) -> Op:
 def planted(fault: Fault, layer: str = "*") -> Iterator[Op]:
     """Rules emit the wrong op where the match lies in a module whose path fits the glob `layer`."""
     wrong = clone(fault)
-    rules = [r for r in RULES if r.op.name == fault.op]
+    rules = [r for r in RULES if r.op.name == fault.op and r.name == fault.fusion]
     before = {r: r.check for r in rules}
 
     def check(match: Any) -> Any:
@@ -146,6 +155,21 @@ def halves_instead_of_pairs(right, a):
 @fault("rope")
 def leading_channels_rotated(right, a):
     return right(**(a | {"x": a["x"].flip(-1)})).flip(-1)
+
+
+changed("norm_rope", "eps ten times too large", eps=lambda a: a["eps"] * 10)
+changed("norm_rope", "sign of the rotation", sin=lambda a: -a["sin"])
+changed("norm_rope", "weight forgotten", weight=lambda a: None)
+changed("norm_rope", "rotation forgotten", cos=lambda a: a["cos"] * 0 + 1, sin=lambda a: a["sin"] * 0)
+changed("norm_rope", "positions off by one", cos=lambda a: a["cos"].roll(1, 1), sin=lambda a: a["sin"].roll(1, 1))
+
+
+@fault("norm_rope")
+def rotated_before_the_norm(right, a):
+    """The same without a weight, not with one."""
+    ones = None if a["weight"] is None else torch.ones_like(a["weight"])
+    y = right(**(a | {"weight": ones}))
+    return y if a["weight"] is None else (y * a["weight"]).to(y.dtype)
 
 
 # Softmax and activations
@@ -372,6 +396,8 @@ changed("attention", "scale missing", scale=lambda a: 1.0)
 changed("attention", "off-by-one window", window=lambda a: without_the_oldest(a["window"]))
 changed("attention", "stale slot is read", window=lambda a: a["window"].clamp(min=0))
 changed("attention", "heads in reverse", q=lambda a: a["q"].flip(2))
+changed("attention", "output turned on", "fuse.epilogue", sin=lambda a: -a["sin"])
+changed("attention", "output not turned back", "fuse.epilogue", cos=lambda a: None, sin=lambda a: None)
 
 
 @fault("attention")

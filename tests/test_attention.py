@@ -123,6 +123,24 @@ def test_the_sink_example_of_one_query():
     assert abs(attention(*args, True)[0, 0, 0, 0].item() - 13.581852) < 1e-5
 
 
+def angles(*shape, seed=0):
+    angle = 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return angle.cos(), angle.sin()
+
+
+@pytest.mark.parametrize("shared", [1, 2], ids=["one table", "a table each"])
+@pytest.mark.parametrize("shape", [dict(), dict(T=1, K=0), dict(B=2, T=9, d=13)], ids=str)
+def test_the_output_may_be_turned_back(shape, shared):
+    args = (*case(**shape, dtype=torch.float64), 0.3, False)
+    want, dr = formula(*args), 6
+    cos, sin = angles(shared, want.shape[1], 1, dr // 2)
+    pairs = torch.view_as_complex(want[..., -dr:].unflatten(-1, (-1, 2)).contiguous())
+    turned = torch.view_as_real(pairs * torch.complex(cos, -sin)).flatten(-2)
+    torch.testing.assert_close(attention(*args, cos, sin), torch.cat([want[..., :-dr], turned], -1))
+
+
 @pytest.mark.parametrize("shape", [dict(), dict(K=0), dict(T=1, B=1)], ids=str)
 def test_opcheck(shape):
-    torch.library.opcheck(attention.target, (*case(**shape), 0.3, False))
+    args = (*case(**shape), 0.3, False)
+    torch.library.opcheck(attention.target, (*args, None, None))
+    torch.library.opcheck(attention.target, (*args, *(x.float() for x in angles(*args[0].shape[:2], 1, 3))))

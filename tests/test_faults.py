@@ -85,7 +85,7 @@ def needed(sites: list[Site], site: Site) -> list[str]:
 
 def emitted(sites: list[Site], fault) -> Site:
     """The last place in the model where the op of a fault is emitted."""
-    return next(s for s in reversed(sites) if s.op == fault.op)
+    return next(s for s in reversed(sites) if (s.op, s.fusion) == (fault.op, fault.fusion))
 
 
 def test_there_are_many_faults_and_every_op_has_some(sites):

@@ -359,5 +359,5 @@ def test_dense_attention_says_what_the_formula_says():
     weight = s.exp() / (s.exp().sum(-1, keepdim=True) + sink.exp().view(1, -1, 1, 1))
     args = q.transpose(1, 2), rows[:, 0], mask, sink, 0.3
     torch.testing.assert_close(dense_attention(*args), torch.einsum("bhts,bsd->bthd", weight, rows[:, 0]))
-    torch.library.opcheck(dense_attention.target, (*(a.float() for a in args[:-1]), 0.3))
+    torch.library.opcheck(dense_attention.target, (*(a.float() for a in args[:-1]), 0.3, None, None))
     assert dense_attention.symbolic_cost().flops.free_symbols

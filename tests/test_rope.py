@@ -12,7 +12,7 @@ from dsv4_compile.reference_model.layers import rope as of_the_model
 def formula(x, cos, sin, inverse=False):
     """Pairs as complex numbers, times e^(i angle)."""
     d, dr = x.shape[-1], 2 * cos.shape[-1]
-    pairs = torch.view_as_complex(x[..., d - dr :].double().reshape(*x.shape[:-1], dr // 2, 2).contiguous())
+    pairs = torch.view_as_complex(x[..., d - dr :].double().reshape(*x.shape[:-1], dr // 2, 2).clone())
     turn = torch.complex(cos.double(), sin.double())
     turned = torch.view_as_real(pairs * (turn.conj() if inverse else turn)).flatten(-2)
     return torch.cat([x[..., : d - dr].double(), turned], -1)
