@@ -16,6 +16,8 @@ def attention(
     index: Tensor | None,
     scale: float,
     sink_on_window: bool,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> Tensor:
     """Multi-query attention whose keys are its values, each query reading the rows that its index lists name.
 
