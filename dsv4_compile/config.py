@@ -10,6 +10,7 @@ from typing import Any
 from .errors import BadValue, UnknownName
 
 INNER = ("inductor", "eager")
+AUTOTUNE = ("off", "cached", "full")
 LOWER = "lower"  # the last pass: ops are claimed or written back
 MODES: dict[str, dict[str, Any]] = {
     "decode": {"capture": True},  # a step is many small kernels, and its sizes never change
@@ -39,6 +40,10 @@ class Config:
     inner: "inductor", or "eager" to run the rewritten graph op by op; None chooses.
     capture: on a GPU, replay each call as one CUDA graph (cudagraph.py); on in mode="decode".
     cudagraphs: Inductor's own CUDA graphs, in the place of `capture`; off in mode="prefill", else as torch is set.
+    autotune: how kernels are configured. "cached": as timings in the cache say, else as a cost model does; "off": by the cost
+        model; "full": as "cached", and what the cache lacks is timed now. For the whole process, as the latest compile says.
+    batch_invariant: results of a token do not depend on how many others there are: no kernel divides its sums by that number.
+        Once one compile asks for it, all kernels of the process keep to it.
     """
 
     passes: tuple[str, ...] = ("*",)
@@ -54,6 +59,8 @@ class Config:
     cudagraphs: bool | None = None
     diff: tuple[str, ...] = ()
     cache_dir: str | None = None
+    autotune: str = "cached"
+    batch_invariant: bool = False
 
     @property
     def captures(self) -> bool:
@@ -172,6 +179,12 @@ def _inner(name: str, value: Any) -> str | None:
     raise UnknownName("inner", str(value), INNER)
 
 
+def _autotune(name: str, value: Any) -> str:
+    if value in AUTOTUNE:
+        return value
+    raise UnknownName(name, str(value), AUTOTUNE)
+
+
 _READ = {
     "passes": _globs,
     "disable": _globs,
@@ -186,6 +199,8 @@ _READ = {
     "cudagraphs": _flag_or_none,
     "diff": _globs,
     "cache_dir": _folder,
+    "autotune": _autotune,
+    "batch_invariant": _flag,
 }
 
 

@@ -24,17 +24,20 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from . import tuning
 from .cache.key import Key
 from .cache.store import Store
 from .errors import DSV4Warning, JitAfterWarmUp, NoKernelCompiler
+from .tuning import of_tokens, rounded
 
 try:
     import cutlass.cute as cute
@@ -43,6 +46,8 @@ except ImportError as error:
     raise NoKernelCompiler(error) from error
 
 ROOM = "dsv4_compile.kernels"
+__all__ = ["Kernel", "Monitor", "collecting", "fake", "of_tokens", "rounded", "stream", "trying"]
+
 SYMBOL = "kernel"  # of the entry in every object
 FLAGS = "--enable-tvm-ffi --keep-cubin"
 
@@ -77,6 +82,8 @@ class Monitor:
 MONITOR = Monitor()
 STORE = Store()
 WANTED: "list[tuple[Kernel, Any, Any]] | None" = None
+TRIAL: "Trial | None" = None
+MOST = 16  # candidates
 
 
 @contextmanager
@@ -90,27 +97,83 @@ def collecting() -> "Iterator[list[tuple[Kernel, Any, Any]]]":
         WANTED = None
 
 
+@dataclass
+class Trial:
+    """Inside `trying`: which launches were made, and in which configuration some of them have to be."""
+
+    forced: "Mapping[tuple[Kernel, Any, tuple[int, ...]], Any]"
+    seen: "dict[tuple[Kernel, Any, tuple[int, ...]], None]" = field(default_factory=dict)
+
+
+@contextmanager
+def trying(forced: "Mapping[tuple[Kernel, Any, tuple[int, ...]], Any] | None" = None) -> Iterator[Trial]:
+    """Inside, launches that leave the configuration open are noted, by kernel, shape and class of work, and those in
+    `forced` run as it says."""
+    global TRIAL
+    TRIAL = trial = Trial(forced or {})
+    try:
+        yield trial
+    finally:
+        TRIAL = None
+
+
 @dataclass(eq=False)
 class Kernel:
-    """One kernel in all of its specialisations. Shapes and configs are frozen dataclasses of integers, strings and booleans."""
+    """One kernel in all of its specialisations. Shapes and configs are frozen dataclasses of integers, strings and booleans.
+
+    rank: where the best configuration depends on the amount of work too, all of them, best first; `work` is a class of
+    amounts, as `of_tokens` and `rounded` make them."""
 
     name: str
     file: str
     program: Callable[[Any, Any], tuple[Any, Sequence[Any]]]
     configs: Callable[[Any], Iterator[Any]]
+    rank: Callable[[Any, tuple[int, ...]], Iterable[Any]] | None = None
     loaded: dict[tuple[Any, Any], Callable[..., None]] = field(default_factory=dict, repr=False)
+    choices: dict[tuple[Any, tuple[int, ...], str], Any] = field(default_factory=dict, repr=False)
 
-    def launcher(self, shape: Any, config: Any = None) -> Callable[..., None]:
-        """The compiled kernel: takes the tensors and numbers that the program takes, without its stream."""
-        found = self.loaded.get((shape, config))
+    def launcher(self, shape: Any, config: Any = None, work: tuple[int, ...] = ()) -> Callable[..., None]:
+        """The compiled kernel: takes the tensors and numbers that the program takes, without its stream. Without a
+        configuration, in the one that is best for this class of work."""
+        config = self.choice(shape, work) if config is None else config
         if WANTED is not None:
-            WANTED.append((self, shape, next(self.configs(shape)) if config is None else config))
+            WANTED.append((self, shape, config))
             return lambda *arguments: None
+        found = self.loaded.get((shape, config))
         if found is None:
-            config_used = next(self.configs(shape)) if config is None else config
-            data, _ = STORE.load_or_build(self.key(shape, config_used), lambda: self.build(shape, config_used))
+            data, _ = STORE.load_or_build(self.key(shape, config), lambda: self.build(shape, config))
             found = self.loaded[shape, config] = load(data)
         return found
+
+    def choice(self, shape: Any, work: tuple[int, ...] = ()) -> Any:
+        """The configuration that timings in the cache name, else the first candidate."""
+        if TRIAL is not None:
+            TRIAL.seen[self, shape, work] = None
+            if (forced := TRIAL.forced.get((self, shape, work))) is not None:
+                return forced
+        mode = tuning.SETTINGS.autotune
+        found = self.choices.get((shape, work, mode))
+        if found is None:
+            timed = None if mode == "off" or WANTED is not None else self.recorded(shape, work)
+            found = self.candidates(shape, work)[timed or 0]
+            if WANTED is None:
+                self.choices[shape, work, mode] = found
+        return found
+
+    def candidates(self, shape: Any, work: tuple[int, ...] = ()) -> list[Any]:
+        """The configurations to choose among, best first as far as can be told without a GPU."""
+        return list(islice(self.configs(shape) if self.rank is None else self.rank(shape, work), MOST))
+
+    def record(self, shape: Any, work: tuple[int, ...]) -> Key:
+        """What timings of the candidates are filed under, on this GPU."""
+        of_candidates = self.candidates(shape, work)
+        return tuning.key(self.name, source_digest(self.file), shape, work, of_candidates, tuning.device())
+
+    def recorded(self, shape: Any, work: tuple[int, ...]) -> int | None:
+        """The best candidate by the timings in the cache."""
+        import torch
+
+        return tuning.recorded(STORE, self.record(shape, work)) if torch.cuda.is_available() else None
 
     def key(self, shape: Any, config: Any, target: str | None = None) -> Key:
         """What the binary depends on, and nothing else: no version of torch, Python or the driver, no path, no time."""

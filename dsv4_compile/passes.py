@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch import fx
 from torch._guards import tracing
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -30,6 +31,7 @@ from .identity import identity
 from .match import Match, NearMiss, Rule
 from .op import DEVICES, Implementation, Op
 from .reporting.report import GraphReport, Report
+from .tuning import SETTINGS
 
 ROUGHLY = 0.55  # how much of a pattern must be there, differences passed over, for a place to be kept in mind
 
@@ -106,6 +108,7 @@ class PassManager(CustomGraphPass):
 
     def __init__(self, config: Config, rules: tuple[Rule, ...], ops: tuple[Op, ...]):
         self.config = config
+        SETTINGS.take(config.autotune, config.batch_invariant)
         self.rules = tuple(r for r in rules if config.enabled(r.name))
         self.ops = {op.target: op for op in ops}
         self.report = Report(fusions=tuple(dict.fromkeys(r.name for r in rules)), off=silent(rules, config))
@@ -207,9 +210,19 @@ class PassManager(CustomGraphPass):
         implementation, reasons = self.claim(op, arguments)
         if implementation is not None:
             note(by=implementation.name)
+            self.tune(op, implementation, arguments)
             return
         parts = inline(graph, node, op, pieces)
         note(by=f"inlined: {'; '.join(reasons) or 'no implementation'}", parts=[self.called(n) for n in parts])
+
+    def tune(self, op: Op, implementation: Implementation, arguments: dict[str, Any]) -> None:
+        """Time the kernels of a call, if that was asked for."""
+        if self.config.autotune != "full" or implementation.device != "cuda":
+            return
+        from .autotune import tune
+
+        with unset_fake_temporarily(), tracing(None), torch.no_grad():
+            tune(op, implementation, arguments)
 
     def called(self, node: Node) -> tuple[Op, dict[str, Any]]:
         """The op of a node, and its arguments as fake values."""

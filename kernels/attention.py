@@ -9,13 +9,12 @@ heads from all blocks of the cluster, in their order, and writes the result: one
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cache
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, const_expr
 
-from dsv4_compile.kernel import Kernel, fake, stream
+from dsv4_compile.kernel import Kernel, fake, of_tokens, rounded, stream
 from dsv4_compile.kernels import attention_exact
 from dsv4_compile.kernels import warps as of_warp
 
@@ -419,21 +418,20 @@ def estimate(shape: Shape, config: Config, tokens: int, rows: int, processors: i
     return -(-blocks // (usable * here)) * each * (1 + 0.6 * (here - 1) * min(1, blocks / processors))
 
 
-@cache
-def chosen(shape: Shape, tokens: int, rows: int) -> Config:
-    """The default for so many tokens, each with so many rows."""
-    return min(configs(shape), key=lambda config: estimate(shape, config, tokens, rows))
+def rank(shape: Shape, work: tuple[int, ...]) -> list[Config]:
+    """All configurations, best first for so many tokens, each with so many rows."""
+    return sorted(configs(shape), key=lambda config: estimate(shape, config, *work))
 
 
-KERNEL = Kernel("attention", __file__, program, configs)
+KERNEL = Kernel("attention", __file__, program, configs, rank)
 
 
-def launch(shape: Shape, dtype: str, tokens: int, *arguments) -> None:
-    """See `program`; tokens: for how many the work should be divided well. What the tensor cores do not take runs exactly."""
+def launch(shape: Shape, dtype: str, *arguments) -> None:
+    """See `program`. What the tensor cores do not take runs exactly."""
     if dtype != "bf16" or shape.d % 64 or shape.d > 512 or shape.rope % 4:
         exact = attention_exact.Shape(**asdict(shape), dtype=dtype)
         attention_exact.KERNEL.launcher(exact)(*arguments)
         return
-    _, _, window, _, index, *_ = arguments
+    q, _, window, _, index, *_ = arguments
     rows = window.shape[1] + (0 if index is None else index.shape[1])
-    KERNEL.launcher(shape, chosen(shape, tokens, rows))(*arguments)
+    KERNEL.launcher(shape, work=(of_tokens(q.shape[0]), rounded(rows)))(*arguments)

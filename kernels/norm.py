@@ -9,7 +9,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, const_expr
 
-from dsv4_compile.kernel import Kernel, fake, stream
+from dsv4_compile.kernel import Kernel, fake, of_tokens, stream
 
 DTYPES = {"bf16": BFloat16, "fp32": Float32}
 
@@ -160,4 +160,4 @@ KERNEL = Kernel("rms_norm", __file__, program, configs)
 
 def launch(shape: Shape, *arguments) -> None:
     """See `program`."""
-    KERNEL.launcher(shape)(*arguments)
+    KERNEL.launcher(shape, work=(of_tokens(arguments[0].shape[0]),))(*arguments)

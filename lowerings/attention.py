@@ -185,7 +185,6 @@ def _(q, keys, window, sink, entries, index, scale, sink_on_window, cos=None, si
     launch(
         shape,
         DTYPES[q.dtype],
-        B * T,
         q.reshape(B * T, h, d).contiguous(),
         rows_in_order(keys),
         window.reshape(B * T, window.shape[-1]).contiguous(),

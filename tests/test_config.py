@@ -50,6 +50,8 @@ def test_every_option_has_a_variable_and_the_option_wins():
         "cudagraphs": "1",
         "diff": "fuse.moe,lower",
         "cache_dir": "reports",
+        "autotune": "full",
+        "batch_invariant": "1",
     }
     assert set(values) == set(OPTIONS)
     for name, value in values.items():
