@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity
 
 from dsv4_compile import cudagraph
 from dsv4_compile.commands import measure
@@ -156,7 +157,7 @@ def test_nano_as_one_graph_writes_the_text_that_the_cpu_writes(model, temperatur
         begin = text(step, there, loop, 4)  # compiles, warms up twice, captures
         graphs = counters["stats"]["unique_graphs"]
         torch.cuda.synchronize()
-        with torch.profiler.profile(activities=list(torch.profiler.ProfilerActivity)) as profile:
+        with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profile:
             torch.cuda.set_sync_debug_mode("error")
             try:
                 tokens = [step(there, loop).clone() for _ in range(36)]
