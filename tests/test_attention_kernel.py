@@ -241,6 +241,26 @@ def test_a_part_of_a_cache_is_read_in_place(check):
     check(q, keys, window, sink, room[:, 100:400], index, scale, False)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("d", [64, 48, 512])
+@pytest.mark.parametrize("of_table", [(2, 3), (1, 3), (2, 1), (1, 1)], ids=str)
+def test_the_result_is_turned_back(of_table, d, dtype, poisoned):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    dr = 16
+    args = (*on_gpu(case(d=d, dtype=dtype)), False)
+    angle = torch.rand(*of_table, 1, dr // 2, device="cuda") * 6
+    want = formula(*args)
+    a, b, c, s = want[..., -dr::2].clone(), want[..., 1 - dr :: 2].clone(), angle.cos().double(), angle.sin().double()
+    want[..., -dr::2], want[..., 1 - dr :: 2] = a * c + b * s, b * c - a * s
+    arguments = attention.arguments(*args, angle.cos(), angle.sin())
+    implementation, reasons = attention.claim(arguments)
+    assert implementation is not None and implementation.device == "cuda", reasons
+    tolerance = dict(rtol=1e-4, atol=1e-5) if dtype == torch.float32 else dict(rtol=2e-2, atol=1e-2)
+    torch.testing.assert_close(attention(*args, angle.cos(), angle.sin()).double(), want, **tolerance)
+
+
 CONFIGS = [
     kernel.Config(*c)
     for c in ((16, 32, 2, 1), (16, 64, 2, 4), (32, 32, 3, 2), (32, 64, 2, 8), (64, 32, 4, 1), (64, 64, 2, 2))

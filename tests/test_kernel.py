@@ -1,6 +1,7 @@
 """What all kernels have in common: keys, builds without a GPU, the cache, the monitor. Their mathematics is tested op by op."""
 
 import json
+import os
 from importlib.util import find_spec
 
 import pytest
@@ -96,4 +97,26 @@ NANO_AND_FLASH = [
 )
 def test_it_compiles_without_a_gpu_and_does_not_spill(kernel, shape, target):
     _, facts = kernel.build(shape, next(kernel.configs(shape)), target)
+    assert facts["kernels"] and all(k["stack"] == 0 for k in facts["kernels"].values()), facts
+
+
+def every_configuration():
+    """Of Flash: hundreds of builds, an hour or more on one core."""
+    if os.environ.get("DSV4_TEST_CONFIGS") != "all":
+        return
+    flash = [
+        (attention.KERNEL, attention.Shape(512, 64, True, False, 64)),
+        (attention.KERNEL, attention.Shape(512, 128, True, False, 64)),
+        *((norm.KERNEL, norm.Shape(512, "bf16", weight, rope)) for weight in ("none", "fp32") for rope in (0, 64)),
+        *((norm.KERNEL, norm.Shape(D, "bf16", "fp32")) for D in (1024, 1536, 4096, 7168)),
+    ]
+    for kernel, shape in flash:
+        for config in kernel.configs(shape):
+            yield pytest.param(kernel, shape, config, id=f"{kernel.name}-{shape}-{config}")
+
+
+@pytest.mark.parametrize(("kernel", "shape", "config"), every_configuration())
+def test_every_configuration_compiles_and_does_not_spill(kernel, shape, config):
+    """On demand: DSV4_TEST_CONFIGS=all."""
+    _, facts = kernel.build(shape, config, "sm_90a")
     assert facts["kernels"] and all(k["stack"] == 0 for k in facts["kernels"].values()), facts
