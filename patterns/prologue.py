@@ -4,11 +4,16 @@ from dsv4_compile.lowerings.norm import rms_norm, unit_norm
 from dsv4_compile.lowerings.rope import norm_rope, rope
 from dsv4_compile.match import Made, Match, Scalar, T, rule
 
-B, N = 5, 35  # rows of the batch, tokens of all of them
+B = 5  # rows of the batch
 
 
-def tables(B: int, **rows: T) -> dict[str, T]:
-    return rows | dict(cos=T(B, 7, 3), sin=T(B, 7, 3))
+def tables(b: int, tokens: int, **rows: T) -> dict[str, T]:
+    return rows | dict(cos=T(b, tokens, 3), sin=T(b, tokens, 3))
+
+
+def rows(b: int, tokens: int) -> list[dict[str, T]]:
+    """Of all tokens, or row by row of the batch; tables for b of those."""
+    return [tables(b, tokens, x=x, weight=T(19)) for x in (T(B * tokens, 19), T(B, tokens, 19))]
 
 
 def unweighted(match: Match) -> bool:
@@ -34,19 +39,19 @@ def in_batch(match: Match) -> bool:
     return True
 
 
-def normed(x, weight, eps):
-    return rms_norm(x, weight, eps).view(B, 7, -1)
+def normed(x, weight, cos, eps):
+    return rms_norm(x, weight, eps).view(B, cos.shape[1], -1)
 
 
 @rule(
     norm_rope,
     name="fuse.prologue",
     anchor=rope,
-    example=[tables(B, x=x, weight=T(19)) for x in (T(N, 19), T(B, 7, 19))],
+    example=rows(B, 7),
     check=in_batch,
 )
 def keys(x, weight, cos, sin, eps: Scalar):
-    return rope(normed(x, weight, eps), cos, sin, False)
+    return rope(normed(x, weight, cos, eps), cos, sin, False)
 
 
 # As Hugging Face has it: heads before tokens in between, and tables that rows of a batch may share.
@@ -62,7 +67,7 @@ def tokens_first(match: Match) -> bool:
     norm_rope,
     name="fuse.prologue",
     anchor=rope,
-    example=[tables(b, x=T(B, 7, 11, 19)) for b in (B, 1)],
+    example=[tables(b, 7, x=T(B, 7, 11, 19)) for b in (B, 1)],
     check=tokens_first,
 )
 def queries_of_heads(x, cos, sin, eps: Scalar):
@@ -73,9 +78,9 @@ def queries_of_heads(x, cos, sin, eps: Scalar):
     norm_rope,
     name="fuse.prologue",
     anchor=rope,
-    example=[tables(b, x=x, weight=T(19)) for x in (T(N, 19), T(B, 7, 19)) for b in (B, 1)],
+    example=rows(B, 7) + rows(1, 7) + rows(B, 1) + rows(1, 1),  # of one token the transposition is none
     check=in_batch,
 )
 def keys_of_one_head(x, weight, cos, sin, eps: Scalar):
-    one = normed(x, weight, eps).unsqueeze(2).transpose(1, 2)
+    one = normed(x, weight, cos, eps).unsqueeze(2).transpose(1, 2)
     return rope(one, cos.unsqueeze(1), sin.unsqueeze(1), False)
