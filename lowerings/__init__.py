@@ -28,6 +28,7 @@ OPS: tuple[Op, ...] = (
     grouped_mm.grouped_mm,
     linear.linear,
     linear.grouped_linear,
+    linear.linear_wide,
     pointwise.softmax,
     pointwise.silu,
     pointwise.softplus,

@@ -1,21 +1,36 @@
-"""A linear layer whose weight is stored block-quantised: dequantise and multiply."""
+"""Linear layers: the weight is plain, or stored block-quantised and dequantised for the product."""
+
+import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from dsv4_compile.lowerings import native
+from dsv4_compile.lowerings import gemv, native
 from dsv4_compile.lowerings.dequantize import dequantize, dequantized, stored_sizes
-from dsv4_compile.op import Cost, Tensor, op
+from dsv4_compile.op import Cost, Tensor, acc, op
 
 FEW = 8  # rows; up to here a product is bound by reading the weight
 
 
 @op("dsv4::linear")
-def linear(x: Tensor, weight: Tensor, scale: Tensor, scale_2: Tensor | None = None) -> Tensor:
-    """x W^T. x [M, K]; weight [N, K], scale and scale_2 as `dequantize` takes them -> [M, N] of x's dtype, to which the
-    weight is rounded before the product.  Source: DeepSeek-V4, Checkpoints.
+def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, scale_2: Tensor | None = None) -> Tensor:
+    """x W^T. x [M, K]; weight [N, K], plain, or as `dequantize` takes it with scale and scale_2 -> [M, N] of x's dtype, to
+    which the weight is rounded before the product.  Source: DeepSeek-V4, Checkpoints.
     """
-    return F.linear(x, dequantize.meaning(weight, scale, scale_2).to(x.dtype))
+    return F.linear(x, plain(weight, scale, scale_2).to(x.dtype))
+
+
+def plain(weight: Tensor, scale: Tensor | None, scale_2: Tensor | None) -> Tensor:
+    return weight if scale is None else dequantize.meaning(weight, scale, scale_2)
+
+
+def sizes_of(weight: Tensor, scale: Tensor | None) -> dict[str, Any]:
+    """As `stored_sizes`, of plain weights too."""
+    if scale is not None:
+        return stored_sizes(weight, scale)
+    N, K = weight.shape
+    return dict(N=N, K=K, bits=8 * weight.dtype.itemsize, block=math.inf)
 
 
 @linear.cost
@@ -25,11 +40,23 @@ def _(M, N, K, bits, block):
 
 @linear.sizes
 def _(a):
-    return dict(M=a.x.shape[0], **stored_sizes(a.weight, a.scale))
+    return dict(M=a.x.shape[0], **sizes_of(a.weight, a.scale))
+
+
+@linear.on("cuda", arch="sm_90+", when=lambda a: few_and_stored(a, a.x.shape[0]))
+def _(x, weight, scale, scale_2):
+    return gemv.multiply(x.unsqueeze(0), weight, scale, scale_2, x.dtype).squeeze(0)
+
+
+def few_and_stored(a: Any, rows: Any) -> bool | str:
+    verdict = gemv.few(a.x, rows)
+    return gemv.streams(a.weight, a.scale, a.scale_2) if verdict is True else verdict
 
 
 @linear.on("cpu")
 def _(x, weight, scale, scale_2):
+    if scale is None:
+        return F.linear(x, weight.to(x.dtype))
     if len(x) <= FEW and (y := few_rows(x.unsqueeze(0), weight, scale, scale_2)) is not None:
         return y.squeeze(0)
     return F.linear(x, dequantized(weight, scale, scale_2).to(x.dtype))
@@ -49,13 +76,13 @@ def few_rows(x: Tensor, weight: Tensor, scale: Tensor, scale_2: Tensor | None) -
 
 
 @op("dsv4::grouped_linear")
-def grouped_linear(x: Tensor, weight: Tensor, scale: Tensor, scale_2: Tensor | None = None) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, scale: Tensor | None = None, scale_2: Tensor | None = None) -> Tensor:
     """Each group of channels by rows of its own: y[g] = x[g] W[g]^T, the rows of the weight being W[0], W[1] ...
 
-    x [G, M, K]; weight [G R, K], scale and scale_2 as `dequantize` takes them -> [G, M, R] of x's dtype, to which the
-    weight is rounded before the product.  Source: DeepSeek-V4, grouped output projection.
+    x [G, M, K]; weight [G R, K], plain, or as `dequantize` takes it with scale and scale_2 -> [G, M, R] of x's dtype, to
+    which the weight is rounded before the product.  Source: DeepSeek-V4, grouped output projection.
     """
-    w = dequantize.meaning(weight, scale, scale_2).to(x.dtype)
+    w = plain(weight, scale, scale_2).to(x.dtype)
     return torch.bmm(x, w.unflatten(0, (x.shape[0], -1)).mT)
 
 
@@ -69,13 +96,51 @@ def _(G, M, R, K, bits, block):
 
 @grouped_linear.sizes
 def _(a):
-    sizes, (G, M) = stored_sizes(a.weight, a.scale), a.x.shape[:2]
+    sizes, (G, M) = sizes_of(a.weight, a.scale), a.x.shape[:2]
     return dict(G=G, M=M, R=sizes.pop("N") // G, **sizes)
+
+
+@grouped_linear.on("cuda", arch="sm_90+", when=lambda a: few_and_stored(a, a.x.shape[1]))
+def _(x, weight, scale, scale_2):
+    return gemv.multiply(x, weight, scale, scale_2, x.dtype)
 
 
 @grouped_linear.on("cpu")
 def _(x, weight, scale, scale_2):
-    if x.shape[1] <= FEW and (y := few_rows(x, weight, scale, scale_2)) is not None:
+    if scale is None:
+        w = weight.to(x.dtype)
+    elif x.shape[1] <= FEW and (y := few_rows(x, weight, scale, scale_2)) is not None:
         return y
-    w = dequantized(weight, scale, scale_2).to(x.dtype)
+    else:
+        w = dequantized(weight, scale, scale_2).to(x.dtype)
     return torch.bmm(x, w.unflatten(0, (x.shape[0], -1)).mT)
+
+
+@op("dsv4::linear_wide")
+def linear_wide(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in at least fp32 of operands that may be narrower: x [M, K], weight [N, K] -> [M, N]. Nobody needs to make wide
+    copies of them; on the CPU, where it is never raised, it has no implementation.
+    Source: DeepSeek-V4, router and compressor.
+    """
+    return F.linear(acc(x), weight.to(acc(x).dtype))
+
+
+@linear_wide.cost
+def _(M, N, K, bits, width):
+    return Cost(flops=2 * M * N * K, read=N * K * bits / 8 + M * K * width, write=4 * M * N)
+
+
+@linear_wide.sizes
+def _(a):
+    N, K = a.weight.shape
+    return dict(M=a.x.shape[0], N=N, K=K, bits=8 * a.weight.dtype.itemsize, width=a.x.dtype.itemsize)
+
+
+def few_and_plain(a: Any) -> bool | str:
+    verdict = gemv.few(a.x, a.x.shape[0])
+    return gemv.streams(a.weight, None, None) if verdict is True else verdict
+
+
+@linear_wide.on("cuda", arch="sm_90+", when=few_and_plain)
+def _(x, weight):
+    return gemv.multiply(x.unsqueeze(0), weight, None, None, torch.float32).squeeze(0)

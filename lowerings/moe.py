@@ -1,11 +1,12 @@
 """Routed experts: for each token, the gated sum of the k clamped SwiGLU experts that were chosen for it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from dsv4_compile.lowerings import native
+from dsv4_compile.lowerings import gemv, native
 from dsv4_compile.lowerings.dequantize import dequantize, dequantized
 from dsv4_compile.lowerings.grouped_mm import grouped_mm
 from dsv4_compile.lowerings.pointwise import swiglu
@@ -73,6 +74,53 @@ def _(a):
     (N, D), k, (X, I) = a.x.shape, a.expert.shape[-1], a.w1.shape[:2]
     stored = sum(t.numel() * t.dtype.itemsize for t in (a.w1, a.s1, a.t1) if t is not None)
     return dict(N=N, k=k, X=X, D=D, I=I, hit=min(hinted(N) * k, X), bits=8 * stored / (X * I * D))
+
+
+# GPU, few tokens: each choice's matrices are streamed once.
+
+
+def few_and_streamed(a: Any) -> bool | str:
+    verdict = gemv.few(a.x, a.x.shape[0])
+    if verdict is not True:
+        return verdict
+    if a.expert.dtype != torch.int64 or a.gate.dtype not in gemv.FLOATS:
+        return f"choices of {a.expert.dtype} with gates of {a.gate.dtype}"
+    stored = (a.w1, a.s1, a.t1), (a.w3, a.s3, a.t3), (a.w2, a.s2, a.t2)
+    for s in stored:
+        if (verdict := gemv.streams(*s)) is not True:
+            return verdict
+    alike = {(gemv.format_of(*s), None if s[1] is None else s[1].dtype) for s in stored}
+    return len(alike) == 1 or "the three matrices are stored in different formats"
+
+
+@moe.on("cuda", arch="sm_90+", when=few_and_streamed)
+def _(x, expert, gate, w1, w3, w2, limit, s1, s3, s2, t1, t3, t2):
+    from dsv4_compile.kernels.moe import Shape, launch
+
+    (N, D), k, (X, I) = x.shape, expert.shape[-1], w1.shape[:2]
+    if N * k * D * I == 0:
+        return x.new_zeros(x.shape, dtype=torch.float32)
+    format = gemv.format_of(w1, s1, t1)
+    assert format is not None, "`few_and_streamed` was not asked"
+    shape = Shape(N, k, X, D, I, format, s1 is None or s1.dtype != torch.float32, gemv.FLOATS[x.dtype])
+    h, y = x.new_empty(N * k, I), x.new_empty(N, D, dtype=torch.float32)
+    matrices = [gemv.words(w) for w in (w1, w3, w2)]
+    scales = [gemv.flat(s) for s in (s1, s3, s2)]
+    launch(
+        shape,
+        x.contiguous(),
+        expert.contiguous(),
+        gate.float().contiguous(),
+        *matrices,
+        *scales,
+        t1,
+        t3,
+        t2,
+        limit,
+        h,
+        y,
+    )
+    return y
 
 
 # CPU. The weights that are read are those of the experts that are chosen, each once. Each token's sum goes over its choices

@@ -213,6 +213,7 @@ CONTRACTS: dict[str, Contract] = {
         accumulate="products in x's dtype at least",
         draws={"weight": Matrix(8.0), "scale": Scale(), "scale_2": Scale(-1, 1)},
     ),
+    "linear_wide": Contract(("acc x",), draws={"weight": Matrix(8.0)}),
     "grouped_mm": Contract(("x",), draws={"w": Matrix(), "ends": Ends("x")}),
     "softmax": Contract(("x",), order="maximum first, then sum", draws={"x": Normal(4.0)}),
     "silu": Contract(("x",), draws={"x": Normal(8.0)}),

@@ -75,4 +75,7 @@ RULES: tuple[Rule, ...] = (
     prologue.keys_of_one_head,
     linear.product,
     linear.grouped,
+    linear.wide,
+    linear.plain,
+    linear.grouped_plain,
 )

@@ -1,14 +1,17 @@
-"""Linear layers over stored weights: a matrix product one side of which is dequantised."""
+"""Linear layers: a matrix product one side of which is a weight, dequantised or, on a GPU, plain."""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
 from dsv4_compile.lowerings.dequantize import dequantize
-from dsv4_compile.lowerings.linear import grouped_linear, linear
-from dsv4_compile.match import Found, T, finder, head, is_cast, known, rule, shape, value
+from dsv4_compile.lowerings.linear import FEW, grouped_linear, linear, linear_wide
+from dsv4_compile.match import Found, Made, T, finder, head, is_cast, known, rule, shape, value
 
-VIEWS = ("aten.view", "aten.unsqueeze", "aten.squeeze", "aten.permute", "aten.alias")
+RESHAPES = ("aten.view", "aten.unsqueeze", "aten.squeeze", "aten.alias")
+VIEWS = (*RESHAPES, "aten.permute")
 
 
 @rule(
@@ -39,3 +42,77 @@ def grouped(stored: Node) -> Found | str | None:
         return f"rows of {list(shape(stored))} in {G} groups, each transposed"
     w, scale, scale_2 = stored.args
     return Found({"x": bmm.args[0], "weight": w, "scale": scale, "scale_2": scale_2}, [bmm], [*inner, bmm])
+
+
+# Plain weights. Only on a GPU, and only few rows: what lies beyond is done as well by the products that PyTorch has. A weight
+# is an input of the graph.
+
+
+@finder(linear_wide, name="fuse.linear", anchor="mm")
+def wide(mm: Node) -> Found | str | None:
+    """Both sides are copies in fp32 of narrower numbers."""
+    found = plain_sides(mm)
+    if found is None:
+        return None
+    x, weight = found
+    narrow = narrower(x)
+    if not all(value(n).dtype.itemsize < value(mm).dtype.itemsize for n in (narrow, weight)):
+        return None
+    sizes = tuple(shape(x))
+    return Found({"x": Made(lambda x: x.reshape(sizes), (narrow,)), "weight": weight}, [mm], [mm])
+
+
+@finder(linear, name="fuse.linear", anchor="mm")
+def plain(mm: Node) -> Found | str | None:
+    """x W^T."""
+    found = plain_sides(mm)
+    return None if found is None else Found(dict(zip(("x", "weight"), found, strict=True)), [mm], [mm])
+
+
+@finder(grouped_linear, name="fuse.linear", anchor="bmm")
+def grouped_plain(bmm: Node) -> Found | str | None:
+    """x[g] W[g]^T for blocks of rows [G, R, K] of one weight."""
+    x, w = bmm.args
+    if not few_on_gpu(x, 1):
+        return None
+    weight = source(w)
+    if weight is None or len(shape(weight)) != 2:
+        return None
+    G, K, R = shape(w)
+    rows, columns = shape(weight)
+    blocks = known(rows == G * R) and known(columns == K)
+    straight = all(known(a == b) for a, b in zip(value(w).stride(), (R * K, 1, K), strict=True))
+    return Found({"x": x, "weight": weight}, [bmm], [bmm]) if blocks and straight else None
+
+
+def plain_sides(mm: Node) -> tuple[Any, Node] | None:
+    """x and weight [N, K], if this is a product of few rows with a weight."""
+    x, w = mm.args
+    if not few_on_gpu(x, 0):
+        return None
+    weight = source(w)
+    if weight is None or len(shape(weight)) != 2:
+        return None
+    (K, N), (rows, columns) = shape(w), shape(weight)
+    if value(weight).dtype.itemsize > value(narrower(x)).dtype.itemsize:
+        return None  # the op would round it
+    turned = known(rows == N) and known(columns == K) and known(value(w).stride()[0] == 1)
+    return (x, weight) if turned else None
+
+
+def few_on_gpu(x: Any, axis: int) -> bool:
+    return value(x).device.type == "cuda" and known(shape(x)[axis] <= FEW)
+
+
+def source(w: Any) -> Node | None:
+    """The input of the graph below views and widening casts."""
+    while head(w) in VIEWS or (is_cast(w) and value(w.args[0]).dtype.itemsize < value(w).dtype.itemsize):
+        w = w.args[0]
+    return w if w.op == "placeholder" and value(w).is_contiguous() else None
+
+
+def narrower(x: Any) -> Node:
+    """Below widening casts and reshapes."""
+    while head(x) in RESHAPES or (is_cast(x) and value(x.args[0]).dtype.itemsize < value(x).dtype.itemsize):
+        x = x.args[0]
+    return x

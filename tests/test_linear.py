@@ -1,12 +1,20 @@
 """Linear layers over stored weights: the ops against the formula, and what raises to them."""
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dispatch.python import enable_python_dispatcher
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from dsv4_compile.lowerings.linear import FEW, grouped_linear, linear
+from dsv4_compile.config import Config
+from dsv4_compile.lowerings.linear import FEW, grouped_linear, linear, linear_wide
+from dsv4_compile.passes import PassManager
 from dsv4_compile.patterns import dequantize as rules
 from dsv4_compile.patterns import linear as patterns
 from dsv4_compile.reference_model.layers import Linear
@@ -173,3 +181,64 @@ def test_what_is_no_linear_stays(rewritten, wrong):
     result, report = rewritten(f, x)
     assert report.rules["fuse.linear"] == 0 and report.rules["raise.dequantize"] == 1
     torch.testing.assert_close(result, f(x))
+
+
+# -- plain weights, on a GPU
+
+
+def raised_on_a_gpu(f, *args):
+    """(report, graph) of f on fake tensors of a GPU, which need none: the rules of plain weights alone, the ops left as they
+    are found."""
+    manager = PassManager(
+        Config(inner="eager", strict=True), (patterns.wide, patterns.plain, patterns.grouped_plain), ()
+    )
+    with FakeTensorMode(), enable_python_dispatcher():
+        fakes = [torch.empty(a.shape, dtype=a.dtype, device="cuda") for a in args]
+        traced = make_fx(f, select_decomp_table())(*fakes)
+        manager(traced.graph)
+    found = Counter(n.target for n in traced.graph.nodes if str(n.target).startswith("dsv4."))
+    return {op.name: found[op.target] for op in (linear, grouped_linear, linear_wide) if found[op.target]}
+
+
+def projected(x, weight, wide, blocks):
+    y = F.linear(x, weight)
+    scores = F.linear(x.float(), wide.float())
+    groups = torch.einsum("btgk,grk->btgr", x.unflatten(-1, (4, -1)), blocks.unflatten(0, (4, -1)))
+    return y, scores, groups
+
+
+@pytest.mark.parametrize("tokens", [1, FEW, FEW + 1])
+def test_plain_weights_are_sites_on_a_gpu_for_few_rows(tokens):
+    args = [torch.empty(s, dtype=torch.bfloat16) for s in ((1, tokens, 64), (40, 64), (24, 64), (20, 16))]
+    found = raised_on_a_gpu(projected, *args)
+    assert found == ({"linear": 1, "grouped_linear": 1, "linear_wide": 1} if tokens <= FEW else {})
+
+
+def test_products_of_two_computed_sides_are_none():
+    x, w, v = torch.empty(4, 64), torch.empty(40, 30), torch.empty(30, 64)
+    assert raised_on_a_gpu(lambda x, w, v: x @ (w @ v).t(), x, w, v) == {}
+    assert raised_on_a_gpu(torch.mm, x, torch.empty(64, 64)) == {}  # not transposed
+
+
+def test_on_the_cpu_plain_weights_are_none(rewritten):
+    x, weight = torch.randn(2, 64), torch.randn(40, 64)
+    result, report = rewritten(lambda x: F.linear(x, weight), x)
+    assert report.rules["fuse.linear"] == 0 and not report.runs
+    torch.testing.assert_close(result, F.linear(x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_plain_weights_are_multiplied(dtype):
+    x, weight = torch.randn(3, 64).to(dtype), torch.randn(12, 64).to(dtype)
+    for run in (linear, linear.meaning):
+        torch.testing.assert_close(run(x, weight), F.linear(x, weight))
+    blocks = F.linear(x, weight[:6]), F.linear(2 * x, weight[6:])
+    for run in (grouped_linear, grouped_linear.meaning):
+        torch.testing.assert_close(run(torch.stack([x, 2 * x]), weight), torch.stack(blocks))
+    wide = F.linear(x.double(), weight.double())
+    got = linear_wide(x, weight)
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(got.double(), wide, rtol=1e-5, atol=1e-5)
+    torch.library.opcheck(linear_wide.target, (x, weight))
+    cost = linear.symbolic_cost().at(**linear.bound_sizes(linear.arguments(x, weight)))
+    assert cost.read == 12 * 64 * dtype.itemsize + 2 * 3 * 64

@@ -1,0 +1,100 @@
+"""Products of few rows on a GPU: which ones the kernels that stream a matrix take, and how arguments reach them."""
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dsv4_compile.op import Tensor, known
+
+if TYPE_CHECKING:
+    from dsv4_compile.kernels.gemv import Shape
+
+ROWS = 8  # beyond them, other kernels use the processors better
+FLOATS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+ALIGNED = {"bf16": 8, "fp32": 8, "fp8": 16, "mxfp4": 32, "nvfp4": 32}  # columns of a row's loads
+
+
+def format_of(weight: Tensor, scale: Tensor | None, scale_2: Tensor | None) -> str | None:
+    """By the dtypes, as `dequantize` tells them; None where the kernels know no such format."""
+    if scale is None:
+        return FLOATS.get(weight.dtype)
+    if weight.dtype == torch.float8_e4m3fn:
+        return "fp8" if scale.dtype in (torch.float8_e8m0fnu, torch.float32) and scale_2 is None else None
+    if weight.dtype == torch.uint8:
+        if scale.dtype == torch.float8_e8m0fnu:
+            return "mxfp4" if scale_2 is None else None
+        return "nvfp4" if scale.dtype == torch.float8_e4m3fn and scale_2 is not None else None
+    return None
+
+
+def columns(weight: Tensor) -> Any:
+    return weight.shape[-1] * (1 + (weight.dtype == torch.uint8))
+
+
+def streams(weight: Tensor, scale: Tensor | None, scale_2: Tensor | None) -> bool | str:
+    """Whether the kernels can read a weight, or the reason why not."""
+    format = format_of(weight, scale, scale_2)
+    if format is None:
+        return f"no kernel for weights of {weight.dtype} with scales of {None if scale is None else scale.dtype}"
+    K = columns(weight)
+    if not known(K % ALIGNED[format] == 0) or not known(weight.storage_offset() * weight.dtype.itemsize % 16 == 0):
+        return f"rows of {K} columns in {format} do not begin at multiples of 16 bytes"
+    for t in (weight, scale, scale_2):
+        if t is not None and not t.is_contiguous():
+            return "weights and scales must be contiguous"
+    return True
+
+
+def few(x: Tensor, rows: Any) -> bool | str:
+    """Whether the vectors suit the kernels."""
+    if x.dtype not in FLOATS:
+        return f"vectors of {x.dtype}: the kernels take bfloat16 and float32"
+    return known(rows <= ROWS) or f"more than {ROWS} rows, or a number that is not known"
+
+
+def words(weight: Tensor) -> Tensor:
+    """A weight as 32-bit words."""
+    return weight.view(torch.int32)
+
+
+def flat(scale: Tensor | None) -> Tensor | None:
+    """Scales in a row, those of one byte as bytes."""
+    if scale is None:
+        return None
+    return scale.view(-1) if scale.dtype == torch.float32 else scale.view(torch.uint8).view(-1)
+
+
+def multiply(x: Tensor, weight: Tensor, scale: Tensor | None, scale_2: Tensor | None, out: torch.dtype) -> Tensor:
+    """x [G, M, K], weight [G R, K] as stored -> [G, M, R] of dtype `out`."""
+    from dsv4_compile.kernels.gemv import Shape, launch
+
+    (G, M, K), R = x.shape, weight.shape[0] // x.shape[0]
+    y = torch.empty(G, M, R, dtype=out, device=x.device)
+    if y.numel() == 0 or K == 0:
+        return y.zero_()
+    format = format_of(weight, scale, scale_2)
+    assert format is not None, "`streams` was not asked"
+    e8m0 = scale is None or scale.dtype != torch.float32
+    shape = Shape(M, G, R, K, format, e8m0, FLOATS[x.dtype], FLOATS[out])
+    stored = words(weight), flat(scale), None if scale_2 is None else scale_2.view(1)
+    at_once = rows_at_once(shape)
+    if at_once >= M:
+        launch(shape, x.contiguous(), *stored, y)
+        return y
+    for first in range(0, M, at_once):
+        part = x[:, first : first + at_once].contiguous()
+        rows = y.new_empty(G, part.shape[1], R)
+        launch(Shape(part.shape[1], G, R, K, format, e8m0, FLOATS[x.dtype], FLOATS[out]), part, *stored, rows)
+        y[:, first : first + at_once] = rows
+    return y
+
+
+@cache
+def rows_at_once(shape: "Shape") -> int:
+    """How many of the vectors fit into shared memory."""
+    from dataclasses import replace
+
+    from dsv4_compile.kernels.gemv import configs
+
+    return next(M for M in range(shape.M, 0, -1) if any(True for _ in configs(replace(shape, M=M))))

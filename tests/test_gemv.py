@@ -1,0 +1,211 @@
+"""The kernels that stream a matrix for few vectors: configurations on any machine; on a GPU, against fp64 and plain bf16."""
+
+from dataclasses import replace
+from importlib.util import find_spec
+from itertools import islice
+
+import pytest
+import torch
+
+if find_spec("cutlass") is None:
+    pytest.skip("GPU kernels need CuTeDSL, which has wheels for Linux only", allow_module_level=True)
+
+from dsv4_compile.kernels import gemv
+from dsv4_compile.kernels import moe as experts
+from dsv4_compile.lowerings.linear import grouped_linear, linear, linear_wide
+from dsv4_compile.lowerings.moe import moe
+from dsv4_compile.reference_model.quant import quantize
+
+FORMATS = ["bf16", "fp32", "fp8", "fp8, scales in fp32", "mxfp4", "nvfp4"]
+FP8 = gemv.Shape(1, 1, 4096, 4096, "fp8", True, "bf16", "bf16")
+FLASH = [
+    replace(FP8, R=1024),  # q_a
+    replace(FP8, R=32768, K=1024),  # q_b
+    replace(FP8, G=8, R=1024, format="bf16"),  # wo_a
+    replace(FP8, K=8192),  # wo_b
+    replace(FP8, M=8, K=8192),
+    replace(FP8, R=129280, format="bf16"),  # head
+    replace(FP8, R=256, format="bf16", out="fp32"),  # router
+]
+PRO = [replace(FP8, K=7168, R=1536), replace(FP8, M=4, K=16384, R=7168)]
+NANO = [replace(FP8, K=192, R=64), replace(FP8, K=64, R=192, M=3, dtype="fp32", out="fp32")]
+EXPERTS = {
+    "flash": experts.Shape(1, 6, 256, 4096, 2048, "mxfp4", True, "bf16"),
+    "flash fp8": experts.Shape(8, 6, 256, 4096, 2048, "fp8", True, "bf16"),
+    "pro": experts.Shape(8, 6, 384, 7168, 3072, "nvfp4", True, "bf16"),
+    "nano": experts.Shape(1, 4, 24, 192, 64, "mxfp4", True, "bf16"),
+}
+
+
+def works():
+    for shape in FLASH + PRO + NANO:
+        yield shape.work
+    for shape in EXPERTS.values():
+        yield from (shape.up, shape.down)
+
+
+@pytest.mark.parametrize("work", list(works()), ids=str)
+def test_every_configuration_fits_and_covers_all_columns(work):
+    found = list(gemv.configs_of(work))
+    assert len(set(found)) == len(found) > 2
+    for config in found:
+        assert config.resident * work.shared(config) <= gemv.SHARED
+        assert work.columns(config) >= work.K and 1 <= work.grid(config) <= work.tiles
+    best = found[0]
+    assert best.stages >= 3 and work.columns(best) < 2 * work.K + best.warps * work.stored.block
+
+
+@pytest.mark.parametrize("target", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize(
+    ("kernel", "shape"),
+    [(gemv.KERNEL, FP8), (gemv.KERNEL, NANO[1]), (experts.KERNEL, EXPERTS["flash"])],
+    ids=["fp8", "fp32", "experts"],
+)
+def test_it_compiles_without_a_gpu_and_does_not_spill(kernel, shape, target):
+    _, facts = kernel.build(shape, next(kernel.configs(shape)), target)
+    assert facts["kernels"] and all(k["stack"] == 0 for k in facts["kernels"].values()), facts
+
+
+# On a GPU
+
+
+def matrix(format, *shape, seed=0):
+    """A random weight as it is stored, whose products with standard normal vectors are about as large as these."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(*shape, generator=g) * shape[-1] ** -0.5
+    if format in ("bf16", "fp32"):
+        return w.to(torch.bfloat16 if format == "bf16" else torch.float32), None, None
+    w, scale, scale_2 = quantize(w, format[:3] if format.startswith("fp8") else format)
+    return w, scale.float() * 1.37 if format.endswith("fp32") else scale, scale_2
+
+
+def vectors(*shape, dtype=torch.bfloat16, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+ODD = [(1, 16, 64), (2, 33, 192), (3, 130, 96), (5, 200, 1056), (8, 1000, 512), (8, 17, 2048)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("shape", ODD, ids=str)
+def test_linear_is_the_meaning(shape, format, dtype, kernel_parity):
+    M, N, K = shape
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 2e-5
+    args, others = ((vectors(M, K, dtype=dtype, seed=s), *matrix(format, N, K, seed=s + 2)) for s in (0, 7))
+    kernel_parity(linear, *args, others=others, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", ["bf16", "fp8", "mxfp4"])
+@pytest.mark.parametrize(("G", "M", "R", "K"), [(2, 1, 48, 64), (3, 2, 51, 288), (8, 8, 64, 512)])
+def test_grouped_linear_is_the_meaning(G, M, R, K, format, kernel_parity):
+    x, weight = vectors(G, M, K), matrix(format, G * R, K)
+    kernel_parity(grouped_linear, x, *weight, others=(vectors(G, M, K, seed=5), *weight), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weight", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("x", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_a_wide_linear_is_exact(x, weight, kernel_parity):
+    w = matrix("fp32", 256, 1024)[0].to(weight)
+    kernel_parity(linear_wide, vectors(4, 1024, dtype=x), w, rtol=1e-5, atol=2e-6)
+
+
+def errors(op, *args):
+    """Root mean square distance from fp64 of the kernel and of eager bf16."""
+    wide = [a.double() if torch.is_tensor(a) and a.dtype in (torch.bfloat16, torch.float32) else a for a in args]
+    want = op.meaning(*wide)
+    return [(got.double() - want).square().mean().sqrt().item() for got in (op(*args), op.meaning(*args))]
+
+
+def on_gpu(*args):
+    return [a.cuda() if torch.is_tensor(a) else a for a in args]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("M", [1, 8])
+def test_no_more_error_than_eager(format, M):
+    kernel, eager = errors(linear, *on_gpu(vectors(M, 4096), *matrix(format, 1024, 4096)))
+    assert 0 < kernel <= 1.05 * eager
+
+
+def choices(N, k, X, D, I, format, dtype=torch.bfloat16, seed=0):
+    """Arguments of the op; the first token chooses one expert twice, and tokens share experts."""
+    g = torch.Generator().manual_seed(seed)
+    expert = torch.rand(N, X, generator=g).topk(k, -1).indices
+    expert[0, 0] = expert[0, -1]
+    gate = torch.rand(N, k, generator=g)
+    (w1, s1, t1), (w3, s3, t3) = (matrix(format, X, I, D, seed=seed + i) for i in (1, 2))
+    w2, s2, t2 = matrix(format, X, D, I, seed=seed + 3)
+    x = vectors(N, D, dtype=dtype, seed=seed + 4)
+    return x * 3, expert, gate, w1, w3, w2, 1.5, s1, s3, s2, t1, t3, t2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("N", "k", "X", "D", "I"), [(1, 4, 24, 192, 64), (3, 6, 20, 160, 96), (8, 2, 3, 512, 256), (2, 1, 4, 32, 32)]
+)
+def test_experts_are_the_meaning(N, k, X, D, I, format, kernel_parity):
+    args, others = choices(N, k, X, D, I, format), choices(N, k, X, D, I, format, seed=9)
+    kernel_parity(moe, *args, others=others, rtol=1e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", ["bf16", "mxfp4", "nvfp4"])
+def test_experts_in_single_precision(format, kernel_parity):
+    kernel_parity(moe, *choices(2, 4, 24, 192, 64, format, torch.float32), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("format", ["bf16", "fp8", "mxfp4", "nvfp4"])
+def test_experts_have_no_more_error_than_eager(format):
+    kernel, eager = errors(moe, *on_gpu(*choices(4, 6, 16, 1024, 512, format)))
+    assert 0 < kernel <= 1.05 * eager
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_strange_numbers_stay_where_they_are():
+    x, (weight, scale, _) = vectors(3, 256).cuda(), on_gpu(*matrix("fp8", 160, 256))
+    weight.view(torch.uint8)[5, 7] = 0x7F
+    x[1, 9] = float("inf")
+    got = linear(x, weight, scale, None)
+    assert got[[0, 2]].isnan().any(0).nonzero().flatten().tolist() == [5]
+    assert not got[1].isfinite().any() and got[[0, 2]][:, 6:].isfinite().all()
+    huge = vectors(2, 256).cuda() * 2.0**60
+    torch.testing.assert_close(
+        linear(huge, *on_gpu(*matrix("mxfp4", 64, 256))) / 2.0**60,
+        linear(huge / 2.0**60, *on_gpu(*matrix("mxfp4", 64, 256))),
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_kernels_write_their_outputs_alone():
+    weight, scale, _ = on_gpu(*matrix("fp8", 33, 64))
+    shape = gemv.Shape(2, 1, 33, 64, "fp8", True, "bf16", "bf16")
+    y = torch.full((3, 2, 33), float("nan"), dtype=torch.bfloat16, device="cuda")
+    gemv.launch(
+        shape, vectors(1, 2, 64).cuda(), weight.view(torch.int32), scale.view(torch.uint8).view(-1), None, y[1:2]
+    )
+    assert y[[0, 2]].isnan().all() and y[1].isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("format", ["bf16", "fp8", "mxfp4"])
+def test_every_configuration_says_the_same(format):
+    shape = gemv.Shape(3, 1, 400, 1024, format, True, "bf16", "bf16")
+    x, (weight, scale, _) = vectors(1, 3, 1024).cuda(), on_gpu(*matrix(format, 400, 1024))
+    want = linear.meaning(x[0].double(), weight.double() if scale is None else weight, scale)
+    flat = None if scale is None else scale.view(torch.uint8).view(-1)
+    for config in islice(gemv.configs(shape), 0, None, 9):
+        y = torch.full((1, 3, 400), float("nan"), dtype=torch.bfloat16, device="cuda")
+        gemv.KERNEL.launcher(shape, config)(x, weight.view(torch.int32), flat, None, y)
+        torch.testing.assert_close(y[0].double(), want, rtol=1e-2, atol=1e-2)
