@@ -9,6 +9,7 @@ from . import (
     compressor,
     dequantize,
     grouped_mm,
+    indexer,
     linear,
     mhc,
     mhc_boundary,
@@ -49,4 +50,5 @@ OPS: tuple[Op, ...] = (
     compressor.compressor,
     attention.attention,
     attention.dense_attention,
+    indexer.indexer,
 )

@@ -142,7 +142,35 @@ class Distinct:
         return x.round() if self.tied else x
 
 
-Draw = Normal | Uniform | Matrix | Scale | Rows | Windows | Ends | Mask | Distinct
+@dataclass(frozen=True)
+class Counts:
+    """How many rows of axis `axis` of another argument: none to all."""
+
+    of: str
+    axis: int
+
+    def draw(self, shape: tuple[int, ...], g: torch.Generator, sizes: Mapping[str, tuple[int, ...]]) -> Tensor:
+        return torch.randint(0, sizes[self.of][self.axis] + 1, shape, generator=g)
+
+
+@dataclass(frozen=True)
+class Facing:
+    """Standard normal, but every entry is seen by the first head, for where all its ReLUs are zero it ties: of `queries`, that
+    head looks along the first channel; else that channel is positive."""
+
+    queries: bool = False
+
+    def draw(self, shape: tuple[int, ...], g: torch.Generator, sizes: Mapping[str, tuple[int, ...]]) -> Tensor:
+        x = torch.randn(shape, generator=g, dtype=torch.float64)
+        if self.queries and len(shape) > 1:
+            x[..., 0, 1:] = 0
+            x[..., 0, :1] = x[..., 0, :1].abs() + 0.1
+        else:
+            x[..., :1] = x[..., :1].abs() + 0.1
+        return x
+
+
+Draw = Normal | Uniform | Matrix | Scale | Rows | Windows | Ends | Counts | Facing | Mask | Distinct
 
 
 # What is promised
@@ -151,13 +179,15 @@ Draw = Normal | Uniform | Matrix | Scale | Rows | Windows | Ends | Mask | Distin
 @dataclass(frozen=True)
 class Contract:
     """outputs: dtype of each: "x" that of argument x; "acc x" that, but at least fp32; of several arguments the widest; or
-    a dtype by name. accumulate: the dtype of sums. order: of reductions. ties: which of equal candidates is taken.
+    a dtype by name. accumulate: the dtype of sums. order: of reductions. ties: which of equal candidates is taken. sets:
+    the last axis of integers is a set, in any order.
     tolerance: as TOLERANCE, where the op differs from it. draws: inputs by argument. ties_draws: inputs with ties."""
 
     outputs: tuple[str, ...]
     accumulate: str = "at least fp32"
     order: str = "any"
     ties: str = ""
+    sets: bool = False
     tolerance: Mapping[torch.dtype, float] = field(default_factory=dict)
     draws: Mapping[str, Draw] = field(default_factory=dict)
     ties_draws: Mapping[str, Draw] = field(default_factory=dict)
@@ -273,6 +303,12 @@ CONTRACTS: dict[str, Contract] = {
         ("q",),
         order="one softmax over all rows, maximum first",
         draws={"mask": Mask(), "cos": Uniform(-1, 1), "sin": Uniform(-1, 1)},
+    ),
+    "indexer": Contract(
+        ("int64",),
+        ties="any; the lower entry where an implementation runs",
+        sets=True,
+        draws={"q": Facing(queries=True), "keys": Facing(), "visible": Counts("keys", 1)},
     ),
     "attention": Contract(
         ("q",),

@@ -127,7 +127,10 @@ def mxfp4(weight, scale):
     dequantize,
     name="raise.dequantize",
     anchor="bitwise_and",
-    example={"weight": packed(11, 7, 15), "scale": T(11, 7, 5, dtype=E4M3), "scale_2": T(11)},
+    example=[
+        {"weight": packed(11, 7, 15), "scale": T(11, 7, 5, dtype=E4M3), "scale_2": T(11)},
+        {"weight": packed(7, 15), "scale": T(7, 5, dtype=E4M3), "scale_2": T()},
+    ],
     check=blocks_of(NVFP4_BLOCK, E4M3),
 )
 def nvfp4(weight, scale, scale_2):

@@ -27,6 +27,16 @@ def product(x, weight, scale):
     return F.linear(x, dequantize(weight, scale, None))
 
 
+@rule(
+    linear,
+    name="fuse.linear",
+    anchor=dequantize,
+    example={"x": T(11, 70), "weight": T(21, 35, dtype=torch.uint8), "scale": T(21, 5), "scale_2": T()},
+)
+def product_of_two_scales(x, weight, scale, scale_2):
+    return F.linear(x, dequantize(weight, scale, scale_2))
+
+
 @finder(grouped_linear, name="fuse.linear", anchor=dequantize)
 def grouped(stored: Node) -> Found | str | None:
     """A batched product with blocks of rows [G, R, K], transposed. Views are told by strides: einsum permutes as it likes."""

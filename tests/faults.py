@@ -387,6 +387,30 @@ def halves_rotated_instead_of_pairs(right, a):
     return torch.cat([nope, x * a["cos"] - y * a["sin"], x * a["sin"] + y * a["cos"]], -1)
 
 
+# Indexer
+
+
+changed("indexer", "the newest visible entry is hidden", visible=lambda a: (a["visible"] - 1).clamp(min=0))
+changed("indexer", "an entry that is not complete", visible=lambda a: (a["visible"] + 1).clamp(max=a["keys"].shape[1]))
+changed("indexer", "heads weigh alike", w=lambda a: torch.ones_like(a["w"]))
+changed("indexer", "worst first", w=lambda a: -a["w"])
+
+
+@fault("indexer")
+def no_relu(right, a):
+    s = (acc(a["q"]) @ acc(a["keys"]).mT.unsqueeze(1) * acc(a["w"]).unsqueeze(-1)).sum(-2)
+    seen = a["visible"].unsqueeze(-1)
+    hidden = torch.arange(s.shape[-1], device=s.device) >= seen
+    pick = s.masked_fill(hidden, float("-inf")).topk(a["k"], -1).indices
+    return torch.where(pick < seen, pick, -1)
+
+
+@fault("indexer", implementation=True)
+def one_entry_less(right, a):
+    pick = right(**a)
+    return torch.cat([pick[..., :-1], torch.full_like(pick[..., :1], -1)], -1)
+
+
 # Attention
 
 

@@ -15,7 +15,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from dsv4_compile.config import Config
 from dsv4_compile.lowerings.linear import FEW, grouped_linear, linear, linear_wide
 from dsv4_compile.passes import PassManager
-from dsv4_compile.patterns import dequantize as rules
 from dsv4_compile.patterns import linear as patterns
 from dsv4_compile.reference_model.layers import Linear
 from dsv4_compile.reference_model.quant import dequantize, quantize
@@ -145,15 +144,33 @@ def test_the_models_layers_raise(rewritten, dtype, shape):
     torch.testing.assert_close(result, projections(x), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("M", [1, 3])
 @pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
-def test_four_bits_raise(rewritten_by, format):
-    """With every leading axis that a stored matrix can have: none, so NVFP4 keeps its one scale_2 outside."""
-    parts, _ = stored(format, 40, 64)
-    x = torch.randn(3, 64)
-    fused = lambda x: F.linear(x, dequantize(*parts, format))  # noqa: E731
-    result, report = rewritten_by([rules.mxfp4, rules.nvfp4, patterns.product], fused, x)
-    assert report.rules["fuse.linear"] == (format == "mxfp4")
-    torch.testing.assert_close(result, fused(x))
+def test_four_bits_raise(rewritten, format, M, dtype):
+    """One matrix, and groups of its rows; NVFP4 has one second scale for all of it."""
+    parts, _ = stored(format, 42, 64)
+    x, groups = torch.randn(2, M, 64).to(dtype), torch.randn(2, M, 3, 64).to(dtype)
+
+    def products(x, groups):
+        w = dequantize(*parts, format).to(dtype)
+        other = dequantize(parts[0] ^ 1, *parts[1:], format).to(dtype).unflatten(0, (3, -1))
+        return F.linear(x, w), torch.einsum("btgk,grk->btgr", groups, other)
+
+    result, report = rewritten(products, x, groups)
+    assert report.rules["raise.dequantize"] == 2 and report.runs == {("linear", "cpu"): 1, ("grouped_linear", "cpu"): 1}
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for got, want in zip(result, products(x, groups), strict=True):
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * want.abs().max().item())
+
+
+def test_a_second_scale_for_each_row_is_no_format(rewritten):
+    weight, scale, _ = stored("nvfp4", 40, 64)[0]
+    f = lambda x, s: F.linear(x, dequantize(weight, scale, torch.ones(()), "nvfp4") * s)  # noqa: E731
+    x, s = torch.randn(3, 64), torch.rand(40, 1)
+    result, report = rewritten(f, x, s)
+    assert report.rules["fuse.linear"] == 0
+    torch.testing.assert_close(result, f(x, s))
 
 
 def test_a_symbolic_length_stays_symbolic(rewritten):

@@ -124,7 +124,7 @@ class Verifier:
                 if wide is not None:
                     continue  # some of torch's own calls know few dtypes
                 raise Unchecked(f"the match alone cannot be run: {type(error).__name__}: {error}") from error
-            off = max(difference(news[new], olds[old]) for old, new in part.pairs)
+            off = max(difference(news[new], olds[old], contract.sets) for old, new in part.pairs)
             reason = "" if wide else form(part, news)
             if off > allowed:
                 reason = f"in {precision} it is off by {off:.1e} of the largest number, {allowed:.1e} are allowed"
@@ -165,11 +165,14 @@ def form(part: Cut, values: Values) -> str:
     return ""
 
 
-def difference(new: Tensor, old: Tensor) -> float:
-    """Largest difference over the largest finite number of `old`; for integers the share that differs."""
+def difference(new: Tensor, old: Tensor, sets: bool = False) -> float:
+    """Largest difference over the largest finite number of `old`; for integers the share that differs, with `sets` in
+    whatever order the last axis is."""
     if new.shape != old.shape:
         return float("inf")
     if not (new.dtype.is_floating_point and old.dtype.is_floating_point):
+        if sets:
+            new, old = new.sort(-1).values, old.sort(-1).values
         return float((new != old).double().mean()) if new.numel() else 0.0
     a, b = new.double(), old.double()
     fine = a.isfinite() & b.isfinite()

@@ -27,6 +27,7 @@ def expected(model: Any) -> dict[str, int]:
         "moe": layers,
         "router": layers,
         "compressor": 2 * list(kinds).count(CSA) + list(kinds).count(HCA),
+        "indexer": list(kinds).count(CSA),
         "mhc": 2 * 2 * layers + 1,
         "mhc_boundary": 2 * layers,
         "prologue": 2 * layers,
@@ -49,6 +50,7 @@ HOLDS: dict[str, dict[str, int]] = {
     f"{_HOME}.Experts": {"moe": 1},
     f"{_HOME}.Router": {"router": 1},
     f"{_HOME}.Compressor": {"compressor": 1},
+    f"{_HOME}.Indexer": {"indexer": 1},
     f"{_HOME}.HyperConnection": {"mhc": 2},
     f"{_HOME}.HyperHead": {"mhc": 1},
     f"{_HOME}.Block": {"mhc_boundary": 2},
@@ -61,13 +63,14 @@ HOLDS |= {
     f"{_HF}HashRouter": {"router": 1},
     f"{_HF}HCACompressor": {"compressor": 1},
     f"{_HF}CSACompressor": {"compressor": 1},
-    f"{_HF}Indexer": {"compressor": 1},
+    f"{_HF}Indexer": {"compressor": 1, "indexer": 1},
     f"{_HF}HyperConnection": {"mhc": 2},
     f"{_HF}HyperHead": {"mhc": 1},
     f"{_HF}DecoderLayer": {"mhc_boundary": 2},
 }
 ONLY_IF = {
     f"{_HOME}.Block": "sigmoid",  # its body, not what hands that its arguments
+    f"{_HOME}.Indexer": "topk",
     f"{_HOME}.Router": "gather",  # uniform gates are looked up nowhere
     f"{_HF}HCACompressor": "softmax",  # prompts below one window have nothing to compress
     f"{_HF}CSACompressor": "softmax",
