@@ -135,6 +135,8 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--json", type=Path)
     ask = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device; benchmarks/ops.py times ops on the CPU")
     limits = ceilings()
     machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {commit()}"
     print(f"{machine}: {limits}", flush=True)

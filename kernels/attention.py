@@ -73,7 +73,9 @@ class Plan:
 
 
 def fits(shape: Shape, config: Config) -> bool:
-    """Whether a block has the room, and more than one tile's."""
+    """Whether a block has the room, in registers too."""
+    if config.heads == 64 and config.splits > 4:
+        return False
     return config.splits <= config.heads and 4 * Plan(shape, config).words <= SHARED
 
 
@@ -408,14 +410,16 @@ def configs(shape: Shape) -> Iterator[Config]:
 
 
 def estimate(shape: Shape, config: Config, tokens: int, rows: int, processors: int = 132) -> float:
-    """Microseconds, as measured on Hopper: a start and an end, tiles, and as many rounds as the blocks need. Clusters leave
-    some processors alone; two blocks of one processor slow each other down."""
+    """Microseconds, fitted to timings on an H200: a start and an end, tiles, and as many rounds as the blocks need. Clusters
+    leave some processors alone; two blocks of one processor slow each other down."""
+    H, half, wide = config.heads, config.rows / 32, shape.d / 512
     tiles = max(1, -(-rows // (config.rows * config.splits)))
-    wide = shape.d / 512
-    each = 3.6 + 0.07 * config.heads * wide + tiles * (0.45 + 0.0012 * config.rows * config.heads * wide)
-    blocks, here = tokens * -(-shape.heads // config.heads) * config.splits, at_once(shape, config)
+    each = 5.0 + 0.025 * H + 0.2 * (config.stages - 2) * half
+    each += tiles * wide * (0.0325 * H - 0.1 + (0.63 + 0.011 * H) * half)
+    blocks, here = tokens * -(-shape.heads // H) * config.splits, at_once(shape, config)
     usable = processors if config.splits < 4 else processors * 7 // 8 // config.splits * config.splits
-    return -(-blocks // (usable * here)) * each * (1 + 0.6 * (here - 1) * min(1, blocks / processors))
+    crowded = 1 + 0.3 * (here - 1) * min(2, max(0, blocks / processors - 0.25))
+    return -(-blocks // (usable * here)) * each * crowded
 
 
 def rank(shape: Shape, work: tuple[int, ...]) -> list[Config]:
