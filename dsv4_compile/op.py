@@ -14,9 +14,10 @@ where nobody else can, and what is inlined back into a graph. Ops are functional
 
 import inspect
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
@@ -64,6 +65,8 @@ class Implementation:
     when: Callable[[Any], bool | str] | None
     worth: Callable[[Any], bool | str] | None
     run: Callable[..., Any]
+    in_place: str = ""  # the argument that `write` changes into the output; `run` does so in a copy
+    write: Callable[..., None] | None = None
 
     @property
     def name(self) -> str:
@@ -72,7 +75,7 @@ class Implementation:
     @property
     def asks(self) -> bool:
         """Whether anything but the device type decides."""
-        return self.arch is not None or self.when is not None
+        return self.arch is not None or self.when is not None or bool(self.in_place)
 
     def accepts(self, arguments: dict[str, Any], device: torch.device, if_worth: bool) -> bool | str:
         """True, or the reason why not. Arguments may be fake: only dtype, shape, strides and device may be asked."""
@@ -82,6 +85,8 @@ class Implementation:
             return f"needs {self.arch}"
         if self.device == "cuda" and not has_cutedsl():
             return "GPU kernels need nvidia-cutlass-dsl and apache-tvm-ffi"
+        if self.in_place and not arguments[self.in_place].is_contiguous():
+            return f"{self.in_place} is not contiguous"
         for ask in (self.when, self.worth if if_worth else None):
             if ask is not None and (verdict := ask(SimpleNamespace(**arguments))) is not True:
                 return verdict
@@ -126,11 +131,17 @@ class Op:
     cost_of: Callable[..., Cost] | None = None
     sizes_of: Callable[[Any], dict[str, Any]] | None = None
     known_fakes: dict[Any, Any] = field(default_factory=dict, repr=False)
+    in_place: str = ""  # the argument that `dsv4::<name>_` writes to, if there is such an op
 
     @property
     def target(self) -> Any:
         """The overload that stands in graphs."""
         return getattr(torch.ops.dsv4, self.name).default
+
+    @property
+    def writing_target(self) -> Any:
+        """The overload of `dsv4::<name>_`: it returns nothing and makes of the argument `in_place` what `target` returns."""
+        return getattr(torch.ops.dsv4, f"{self.name}_").default
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) < len(self.signature.parameters):
@@ -174,6 +185,15 @@ class Op:
             return implementation.run(*args)
         return self._each(self.meaning(*args), lambda x: own(x, args))
 
+    def write(self, *args: Any) -> None:
+        """`dsv4::<name>_` on real tensors."""
+        arguments = dict(zip(self.signature.parameters, args, strict=True))
+        implementation, _ = self.claim(arguments)
+        if implementation is not None and implementation.write is not None:
+            implementation.write(*args)
+        else:
+            arguments[self.in_place].copy_(self.run(*args))
+
     def fake(self, *args: Any) -> Any:
         """Contiguous tensors of the shapes and dtypes that the meaning gives."""
         if any(isinstance(x, torch.SymInt) for a in args for x in (a.shape if isinstance(a, Tensor) else [a])):
@@ -197,16 +217,44 @@ class Op:
         arch: str | None = None,
         when: Callable[[Any], bool | str] | None = None,
         worth: Callable[[Any], bool | str] | None = None,
+        in_place: str = "",
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Declare an implementation, with the arguments of the meaning. Earlier ones are asked first."""
+        """Declare an implementation, with the arguments of the meaning. Earlier ones are asked first.
+
+        `in_place` names the argument that it makes into the op's one output, returning nothing. Graphs call it so that
+        Inductor copies the argument first where somebody else still reads it, and not otherwise; eager calls always copy.
+        """
         if device not in DEVICES:
             raise BadOp(f"{self.name}.on({device!r}): the devices are {', '.join(DEVICES)}")
+        if in_place:
+            self._writes_to(in_place)
 
         def declare(run: Callable[..., Any]) -> Callable[..., Any]:
-            self.implementations.append(Implementation(device, arch, when, worth, run))
+            if in_place:
+                of_copy = partial(_in_a_copy, run, [*self.signature.parameters].index(in_place))
+                new = Implementation(device, arch, when, worth, of_copy, in_place, run)
+            else:
+                new = Implementation(device, arch, when, worth, run)
+            self.implementations.append(new)
             return run
 
         return declare
+
+    def _writes_to(self, argument: str) -> None:
+        """Define `dsv4::<name>_`."""
+        if self.in_place == argument:
+            return
+        mutable, found = re.subn(rf"\bTensor {argument}\b", f"Tensor(a!) {argument}", self.schema)
+        if self.in_place or not found or len(self.outputs) != 1:
+            raise BadOp(
+                f"{self.name}.on(in_place={argument!r}): expected one tensor argument, the same for all implementations, "
+                "of an op with one output"
+            )
+        self.in_place, name = argument, f"{self.name}_"
+        schema = mutable.replace(self.name, name, 1).replace("-> (Tensor)", "-> ()")
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(name, self.write, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"dsv4::{name}", lambda *args: None, lib=LIBRARY)
 
     def cost(self, fn: Callable[..., Cost]) -> Callable[..., Cost]:
         """Declare the cost: called with one sympy symbol for each parameter name of `fn`."""
@@ -237,6 +285,13 @@ class Op:
 def hinted(x: Any) -> Any:
     """A size as a number: a symbolic one as the number it was traced with. Adds no guard."""
     return x.node.hint if isinstance(x, torch.SymInt) else x
+
+
+def _in_a_copy(write: Callable[..., None], place: int, *args: Any) -> Tensor:
+    """What `write` makes of its argument number `place`, which stays as it is."""
+    copy = args[place].clone(memory_format=torch.contiguous_format)
+    write(*args[:place], copy, *args[place + 1 :])
+    return copy
 
 
 def _metadata(x: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:

@@ -24,7 +24,7 @@ from .graphs.instances import module_path, number, site_id
 from .graphs.listing import difference, lines
 from .graphs.near import align
 from .graphs.regions import scales_as_bytes
-from .graphs.rewrite import Examine, Refused, inline, rewrite
+from .graphs.rewrite import Examine, Refused, inline, rewrite, write_in_place
 from .graphs.trace import pattern_of
 from .graphs.unify import Pattern
 from .identity import identity
@@ -211,6 +211,8 @@ class PassManager(CustomGraphPass):
         if implementation is not None:
             note(by=implementation.name)
             self.tune(op, implementation, arguments)
+            if implementation.in_place:
+                write_in_place(graph, node, op)
             return
         parts = inline(graph, node, op, pieces)
         note(by=f"inlined: {'; '.join(reasons) or 'no implementation'}", parts=[self.called(n) for n in parts])

@@ -5,6 +5,7 @@
 
 from ..op import Op
 from . import (
+    append,
     attention,
     compressor,
     dequantize,
@@ -38,6 +39,8 @@ OPS: tuple[Op, ...] = (
     norm.unit_norm,
     rope.rope,
     rope.norm_rope,
+    append.append,
+    append.norm_rope_append,
     sinkhorn.sinkhorn,
     mhc.mhc_pre,
     mhc.mhc_post,

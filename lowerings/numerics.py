@@ -91,6 +91,17 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Slots:
+    """Distinct indices [B, T] into axis 1 of another argument."""
+
+    of: str
+
+    def draw(self, shape: tuple[int, ...], g: torch.Generator, sizes: Mapping[str, tuple[int, ...]]) -> Tensor:
+        places = torch.rand(*shape[:-1], sizes[self.of][1], generator=g).argsort(-1)
+        return places.repeat(1, -(-shape[-1] // places.shape[-1]))[..., : shape[-1]]
+
+
+@dataclass(frozen=True)
 class Windows:
     """Lists [..., R] of consecutive rows of axis 1 of another argument. Some windows miss their oldest rows, some are open:
     all -1."""
@@ -170,7 +181,7 @@ class Facing:
         return x
 
 
-Draw = Normal | Uniform | Matrix | Scale | Rows | Windows | Ends | Counts | Facing | Mask | Distinct
+Draw = Normal | Uniform | Matrix | Scale | Rows | Slots | Windows | Ends | Counts | Facing | Mask | Distinct
 
 
 # What is promised
@@ -255,6 +266,17 @@ CONTRACTS: dict[str, Contract] = {
     "norm_rope": Contract(
         ("x",),
         draws={
+            "x": Normal(spread=True),
+            "weight": Uniform(0.5, 1.5),
+            "cos": Uniform(-1, 1),
+            "sin": Uniform(-1, 1),
+        },
+    ),
+    "append": Contract(("ring",), accumulate="no sums", draws={"slot": Slots("ring")}),
+    "norm_rope_append": Contract(
+        ("ring",),
+        draws={
+            "slot": Slots("ring"),
             "x": Normal(spread=True),
             "weight": Uniform(0.5, 1.5),
             "cos": Uniform(-1, 1),

@@ -6,6 +6,7 @@ it emits; it knows no devices and no kernels.
 
 from ..match import Rule
 from . import (
+    append,
     attention,
     compressor,
     dequantize,
@@ -76,6 +77,8 @@ RULES: tuple[Rule, ...] = (
     prologue.keys_of_one_head,
     indexer.weighted,
     indexer.scaled_and_weighted,
+    append.written,
+    append.keys,
     linear.product,
     linear.product_of_two_scales,
     linear.grouped,

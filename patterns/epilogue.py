@@ -1,15 +1,16 @@
 """Attention, and the rotation of its output back: the values that it sums up are keys, which carry a position."""
 
+from typing import Any
+
 from torch.fx import Node
 
 from dsv4_compile.lowerings.attention import attention, dense_attention
 from dsv4_compile.lowerings.rope import rope
 from dsv4_compile.match import Found, finder, head, shape, strip
-from dsv4_compile.op import Op
 from dsv4_compile.patterns.repeats import same_sizes
 
 
-def turned_back(op: Op, turn: Node) -> Found | str | None:
+def turned_back(op: Any, turn: Node) -> Found | str | None:
     o, cos, sin, inverse = turn.args
     core = strip(o)
     if head(core) != f"dsv4.{op.name}":

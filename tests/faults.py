@@ -172,6 +172,22 @@ def rotated_before_the_norm(right, a):
     return y if a["weight"] is None else (y * a["weight"]).to(y.dtype)
 
 
+# Cache writes
+
+
+changed("append", "slot off by one", slot=lambda a: (a["slot"] + 1) % a["ring"].shape[1])
+changed("append", "rows of other tokens", rows=lambda a: a["rows"].flip(0) * 1.01)
+changed("append", "nothing written", rows=lambda a: a["rows"] * 0)
+changed("norm_rope_append", "slot off by one", slot=lambda a: (a["slot"] + 1) % a["ring"].shape[1])
+changed("norm_rope_append", "sign of the rotation", sin=lambda a: -a["sin"])
+changed("norm_rope_append", "eps ten times too large", eps=lambda a: a["eps"] * 10)
+
+
+@fault("append")
+def the_rest_of_the_cache_cleared(right, a):
+    return right(**(a | {"ring": a["ring"] * 0}))
+
+
 # Softmax and activations
 
 

@@ -45,7 +45,8 @@ def fresh():
 
 @pytest.fixture(scope="module")
 def captured() -> Captured:
-    """SWA, CSA and HCA, a hash router and learned ones, MXFP4 experts; no parameter at a value that hides a mistake."""
+    """SWA, CSA and HCA, a hash router and learned ones, MXFP4 experts; no parameter at a value that hides a mistake. The
+    tokens go into a state with room for all of them, so that they are written before they are read."""
     torch.manual_seed(0)
     config = DSV4Config.tiny().replace(
         num_hidden_layers=3,
@@ -61,7 +62,7 @@ def captured() -> Captured:
     for p in model.parameters():
         if p.dtype == torch.float32 and bool((p == p.flatten()[0]).all()):
             p.add_(torch.randn_like(p) * 0.3)
-    return Captured(model, (torch.randint(0, config.vocab_size, (2, 19)),), {})
+    return Captured(model, (torch.randint(0, config.vocab_size, (2, 19)), model.new_state(2, 32, draft=18)), {})
 
 
 @pytest.fixture(scope="module")

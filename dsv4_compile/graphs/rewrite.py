@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
@@ -20,6 +21,7 @@ from .graph import (
     depends_on,
     graft,
     head,
+    inherit,
     is_cast,
     is_tensor,
     reshaped,
@@ -229,6 +231,25 @@ def _parts(before: Node, whole: Node) -> Iterator[Node]:
                 node.meta |= {key: x for key, x in own[1].items() if key != "val"}
             yield node
         node = node.next
+
+
+# Ops that write in place
+
+
+def write_in_place(graph: fx.Graph, node: Node, op: Op) -> None:
+    """Call the op that writes to its argument, in the functional form that Inductor knows: a new value, for which it takes
+    the argument's memory if nobody reads the old value any more."""
+    arguments = op.arguments(*node.args, **node.kwargs)
+    base = arguments.pop(op.in_place)
+    bases = {f"_{op.in_place}_base_index": 0, "_all_bases": [base]}
+    with graph.inserting_before(node):
+        call = graph.call_function(auto_functionalized_v2, (op.writing_target,), arguments | bases)
+        new = graph.call_function(operator.getitem, (call, 1))
+    call.meta["val"], new.meta["val"] = (None, value(node)), value(node)
+    for made in (call, new):
+        inherit(made, node)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
 
 
 def _described(x: Any) -> str:

@@ -1,6 +1,7 @@
 """How many places of a model each fusion must find: from its configuration, or from the modules that a captured graph went
 through. The matcher is checked against it."""
 
+import operator
 from collections import Counter
 from typing import Any
 
@@ -77,6 +78,9 @@ ONLY_IF = {
     f"{_HF}Indexer": "softmax",
 }
 
+# Modules that write into caches by index, a place each time.
+WRITES = {f"{_HOME}.Attention", f"{_HOME}.Compressor"}
+
 
 def in_graph(gm: torch.fx.GraphModule) -> dict[str, int]:
     """Places in a graph of Dynamo's, by the known modules that its nodes come from; a body's as often as it is called.
@@ -89,11 +93,14 @@ def in_graph(gm: torch.fx.GraphModule) -> dict[str, int]:
             continue
         if node.op == "placeholder":  # a parameter: on its way to a body
             continue
+        inside: set[str] = set()
         for path, kind in (node.meta.get("nn_module_stack") or {}).values():
             name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+            inside.add(name)
             if name in HOLDS:
                 calls.setdefault((name, path), set()).add(getattr(node.target, "__name__", str(node.target)))
+        found["append"] += node.target is operator.setitem and not inside.isdisjoint(WRITES)
     for (name, _), called in calls.items():
         if name not in ONLY_IF or ONLY_IF[name] in called:
             found.update(HOLDS[name])
-    return dict(found)
+    return dict(+found)

@@ -1,0 +1,69 @@
+"""Rows written into a cache; alone, and as the end of the whole prologue of the keys."""
+
+import math
+
+import torch
+
+from dsv4_compile.lowerings.rope import norm_rope
+from dsv4_compile.op import Cost, Tensor, op
+
+
+@op("dsv4::append")
+def append(ring: Tensor, slot: Tensor, rows: Tensor) -> Tensor:
+    """The cache after a write: ring [B, S, C] with rows [B, T, C], cast to its dtype, at slot [B, T] int64. The slots of one
+    call are distinct. Implementations write where the ring lies; the caller's ring changes only if nobody else reads it.
+    Source: DeepSeek-V4, generation state.
+    """
+    batch = torch.arange(ring.shape[0], device=ring.device).unsqueeze(1)
+    return ring.index_put((batch, slot), rows.to(ring.dtype))
+
+
+@append.cost
+def _(B, T, C, bits):
+    return Cost(flops=0, read=B * T * (C * bits / 8 + 8), write=B * T * C * bits / 8)
+
+
+@append.sizes
+def _(a):
+    B, T, C = a.rows.shape
+    return dict(B=B, T=T, C=C, bits=8 * a.ring.dtype.itemsize)
+
+
+def as_fast(a) -> str:
+    return "a write that Inductor compiles is as fast"
+
+
+@append.on("cpu", in_place="ring", worth=as_fast)
+def _(ring, slot, rows):
+    batch = torch.arange(len(ring)).unsqueeze(1)
+    ring[batch, slot] = rows.to(ring.dtype)
+
+
+@op("dsv4::norm_rope_append")
+def norm_rope_append(
+    ring: Tensor, slot: Tensor, x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor
+) -> Tensor:
+    """All that happens to the keys of a decode step behind their matrix: `norm_rope`, then `append`.
+
+    ring [B, S, d], slot [B, T] int64, x [B, T, d], weight [d] or None, cos and sin [B, T, dr/2], B of them possibly 1 -> the
+    ring [B, S, d]. Source: DeepSeek-V4, attention.
+    """
+    return append(ring, slot, norm_rope(x, weight, eps, cos, sin))
+
+
+@norm_rope_append.cost
+def _(N, P, d, dr, bits):
+    return Cost(flops=4 * N * d + 3 * N * dr, read=2 * N * d + 4 * d + 4 * P * dr + 8 * N, write=N * d * bits / 8)
+
+
+@norm_rope_append.sizes
+def _(a):
+    *lead, d = a.x.shape
+    tables = dict(P=math.prod(a.cos.shape[:-1]), dr=2 * a.cos.shape[-1])
+    return dict(N=math.prod(lead), d=d, bits=8 * a.ring.dtype.itemsize, **tables)
+
+
+@norm_rope_append.on("cpu", in_place="ring", worth=as_fast)
+def _(ring, slot, x, weight, eps, cos, sin):
+    batch = torch.arange(len(ring)).unsqueeze(1)
+    ring[batch, slot] = norm_rope(x, weight, eps, cos, sin).to(ring.dtype)
