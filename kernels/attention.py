@@ -4,6 +4,8 @@ A cluster of blocks shares the row list of 16 to 64 heads of one token. Each blo
 memory in tiles: the scores of a tile are divided among the warps by rows, the softmax among all threads, and the sum of
 values by columns, each warp keeping all heads of its columns in registers. At the end every block reads its part of the
 heads from all blocks of the cluster, in their order, and writes the result: one launch, no workspace, no atomics.
+
+Several clusters may share long lists. Then each writes its sums, and a second launch adds them up, in their order.
 """
 
 import math
@@ -38,12 +40,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Config:
-    """heads: of a block, 16, 32 or 64. rows: of a tile, 32 or 64. stages: tiles on their way. splits: blocks of a cluster."""
+    """heads: of a block, 16, 32 or 64. rows: of a tile, 32 or 64. stages: tiles on their way. splits: blocks of a cluster.
+    chunks: clusters that share a list."""
 
     heads: int
     rows: int
     stages: int
     splits: int
+    chunks: int = 1
 
 
 class Plan:
@@ -88,26 +92,36 @@ class Attention:
     def __init__(self, shape: Shape, config: Config):
         self.d, self.h, self.rope, self.on_window = shape.d, shape.heads, shape.rope, shape.on_window
         self.H, self.R, self.stages, self.splits = config.heads, config.rows, config.stages, config.splits
+        self.chunks = config.chunks
         self.plan = Plan(shape, config)
         self.row_bytes = 2 * shape.d
         self.at_once = at_once(shape, config)
 
     @cute.jit
-    def __call__(self, q, keys, window, entries, index, sink, cos, sin, out, scale: Float32, T: Int32, stream):
-        groups = -(-self.h // self.H)
-        self.kernel(q, keys, window, entries, index, sink, cos, sin, out, scale, T).launch(
-            grid=[self.splits, groups, q.shape[0]],
+    def __call__(
+        self, q, keys, window, entries, index, sink, cos, sin, sums, marks, out, scale: Float32, T: Int32, stream
+    ):
+        groups, tokens = -(-self.h // self.H), q.shape[0]
+        self.kernel(q, keys, window, entries, index, sink, cos, sin, sums, marks, out, scale, T).launch(
+            grid=[self.splits * self.chunks * tokens, groups, 1],
             block=[THREADS, 1, 1],
             cluster=[self.splits, 1, 1],
             min_blocks_per_mp=self.at_once,
             preferred_smem_carveout=100,
             stream=stream,
         )
+        if const_expr(self.chunks > 1):
+            self.add_up(sums, marks, sink, cos, sin, out).launch(
+                grid=[tokens, self.h, 1], block=[128, 1, 1], stream=stream
+            )
 
     @cute.kernel
-    def kernel(self, q, keys, window, entries, index, sink, cos, sin, out, scale, T):
+    def kernel(self, q, keys, window, entries, index, sink, cos, sin, sums, marks, out, scale, T):
         thread, _, _ = cute.arch.thread_idx()
-        split, group, token = cute.arch.block_idx()
+        place, group, _ = cute.arch.block_idx()
+        split, chunk, token = place % self.splits, Int32(0), place // self.splits
+        if const_expr(self.chunks > 1):
+            chunk, token = token % self.chunks, token // self.chunks
         warp, lane = cute.arch.make_warp_uniform(thread // 32), thread % 32
         plan, H, R, d = self.plan, self.H, self.R, self.d
         room = cutlass.memory.SmemAllocator().allocate_tensor(Float32, cute.make_layout((plan.words,)), 128)
@@ -118,8 +132,8 @@ class Attention:
         if const_expr(entries is not None):
             rows = W + index.shape[1]
         tiles = cute.ceil_div(rows, R)
-        per = cute.ceil_div(tiles, self.splits)
-        first = split * per
+        per = cute.ceil_div(tiles, self.splits * self.chunks)
+        first = (chunk * self.splits + split) * per
         last = cutlass.min(first + per, tiles)
 
         # the tiles that fit, and the queries
@@ -169,7 +183,7 @@ class Attention:
             room[plan.top + mine] = top
             room[plan.total + mine] = total
         self.everybody()
-        self.combine(split, group, token, sink, cos, sin, out, start, thread)
+        self.combine(split, chunk, group, token, sink, cos, sin, sums, marks, out, start, thread)
         if const_expr(self.splits > 1):
             self.everybody()  # others may still be reading what lies here
 
@@ -327,8 +341,8 @@ class Attention:
                     of_warp.multiply(values[None, n, m], a[2 * m + 1], b[2], b[3])
 
     @cute.jit
-    def combine(self, split, group, token, sink, cos, sin, out, start, thread):
-        """This block's part of the heads, from all blocks: (sum of values) / (sum of weights [+ sink]), turned back."""
+    def combine(self, split, chunk, group, token, sink, cos, sin, sums, marks, out, start, thread):
+        """This block's part of the heads, from all blocks of the cluster: the result, or this cluster's part of it."""
         plan, d, share = self.plan, self.d, self.H // self.splits
         for i in cutlass.range_constexpr(-(-share * d // (4 * THREADS))):
             v = i * THREADS + thread
@@ -341,44 +355,84 @@ class Attention:
                 totals = [of_warp.load_word(b + 4 * (plan.total + row), local) for b in blocks]
                 at = 4 * (plan.values + row * plan.value_row + column)
                 parts = [of_warp.load_words(b + at, local) for b in blocks]
-                largest = tops[0]
-                for top in tops[1:]:
-                    largest = cute.arch.fmax(largest, top)
-                if const_expr(not self.on_window):
-                    largest = cute.arch.fmax(largest, sink[head] * Float32(LOG2E))
-                largest = Float32(0.0) if largest == -Float32.inf else largest
-                below = Float32(0.0)
-                x = [Float32(0.0) for _ in range(4)]
-                for top, total, part in zip(tops, totals, parts, strict=True):
-                    share_of = cute.math.exp2(top - largest, fastmath=True)
-                    below = below + share_of * total
-                    x = [old + share_of * new for old, new in zip(x, part, strict=True)]
-                if const_expr(not self.on_window):
-                    below = below + cute.math.exp2(sink[head] * Float32(LOG2E) - largest, fastmath=True)
-                inverse = Float32(0.0)
-                if below > Float32(0.0):
-                    inverse = Float32(1.0) / below
-                result = cute.make_rmem_tensor((4,), Float32)
-                for j in cutlass.range_constexpr(4):
-                    result[j] = x[j] * inverse
-                if const_expr(self.rope > 0):
-                    if column >= d - self.rope:
-                        of = token % cos.shape[0]
-                        for p in cutlass.range_constexpr(2):
-                            angle = (column - (d - self.rope)) // 2 + p
-                            c, s = cos[of, angle], sin[of, angle]
-                            a, b = result[2 * p], result[2 * p + 1]
-                            result[2 * p] = a * c + b * s
-                            result[2 * p + 1] = b * c - a * s
-                rounded = cute.make_rmem_tensor((4,), BFloat16)
-                rounded.store(result.load().to(BFloat16))
-                cute.autovec_copy(rounded, cute.zipped_divide(out[token, head, None], (4,))[None, column // 4])
+                if const_expr(self.chunks == 1):
+                    self.finish(tops, totals, parts, token, head, column, sink, cos, sin, out)
+                else:
+                    largest = self.largest(tops)
+                    below, x = self.together(tops, totals, parts, largest)
+                    part = cute.make_rmem_tensor((4,), Float32)
+                    for j in cutlass.range_constexpr(4):
+                        part[j] = x[j]
+                    cute.autovec_copy(part, cute.zipped_divide(sums[token, chunk, head, None], (4,))[None, column // 4])
+                    if column == 0:
+                        marks[token, chunk, head, 0] = largest
+                        marks[token, chunk, head, 1] = below
+
+    @cute.kernel
+    def add_up(self, sums, marks, sink, cos, sin, out):
+        """The result from what the clusters wrote: a block has a head of a token."""
+        thread, _, _ = cute.arch.thread_idx()
+        token, head, _ = cute.arch.block_idx()
+        if thread < self.d // 4:
+            tops = [marks[token, c, head, 0] for c in range(self.chunks)]
+            totals = [marks[token, c, head, 1] for c in range(self.chunks)]
+            parts = cute.make_rmem_tensor((4, self.chunks), Float32)
+            for c in cutlass.range_constexpr(self.chunks):
+                cute.autovec_copy(cute.zipped_divide(sums[token, c, head, None], (4,))[None, thread], parts[None, c])
+            parts = [[parts[j, c] for j in range(4)] for c in range(self.chunks)]
+            self.finish(tops, totals, parts, token, head, 4 * thread, sink, cos, sin, out)
+
+    def largest(self, tops):
+        found = tops[0]
+        for top in tops[1:]:
+            found = cute.arch.fmax(found, top)
+        return found
+
+    @cute.jit
+    def together(self, tops, totals, parts, largest):
+        """Sums of weights and of values, both against the largest score."""
+        finite = Float32(0.0) if largest == -Float32.inf else largest
+        below, x = Float32(0.0), [Float32(0.0) for _ in range(4)]
+        for top, total, part in zip(tops, totals, parts, strict=True):
+            shrink = cute.math.exp2(top - finite, fastmath=True)
+            below = below + shrink * total
+            x = [old + shrink * new for old, new in zip(x, part, strict=True)]
+        return below, x
+
+    @cute.jit
+    def finish(self, tops, totals, parts, token, head, column, sink, cos, sin, out):
+        """Four columns of a head: (sum of values) / (sum of weights [+ sink]), turned back, rounded."""
+        largest = self.largest(tops)
+        if const_expr(not self.on_window):
+            largest = cute.arch.fmax(largest, sink[head] * Float32(LOG2E))
+        below, x = self.together(tops, totals, parts, largest)
+        if const_expr(not self.on_window):
+            finite = Float32(0.0) if largest == -Float32.inf else largest
+            below = below + cute.math.exp2(sink[head] * Float32(LOG2E) - finite, fastmath=True)
+        inverse = Float32(0.0)
+        if below > Float32(0.0):
+            inverse = Float32(1.0) / below
+        result = cute.make_rmem_tensor((4,), Float32)
+        for j in cutlass.range_constexpr(4):
+            result[j] = x[j] * inverse
+        if const_expr(self.rope > 0):
+            if column >= self.d - self.rope:
+                of = token % cos.shape[0]
+                for p in cutlass.range_constexpr(2):
+                    angle = (column - (self.d - self.rope)) // 2 + p
+                    c, s = cos[of, angle], sin[of, angle]
+                    a, b = result[2 * p], result[2 * p + 1]
+                    result[2 * p] = a * c + b * s
+                    result[2 * p + 1] = b * c - a * s
+        narrow = cute.make_rmem_tensor((4,), BFloat16)
+        narrow.store(result.load().to(BFloat16))
+        cute.autovec_copy(narrow, cute.zipped_divide(out[token, head, None], (4,))[None, column // 4])
 
 
 def program(shape: Shape, config: Config):
     """q [N, h, d], keys [B, S, d], window [N, W] int64, entries [B, E, d] and index [N, K] int64 or None, sink [h] fp32,
-    cos and sin [P, rope / 2] fp32 or None, of which token n reads row n mod P -> out [N, h, d]; scale; T, tokens of a
-    request: N = B T."""
+    cos and sin [P, rope / 2] fp32 or None, of which token n reads row n mod P, sums [N, chunks, h, d] and marks
+    [N, chunks, h, 2] fp32 to work in, or None with one chunk -> out [N, h, d]; scale; T, tokens of a request: N = B T."""
     B, N, W, K = (cute.sym_int() for _ in range(4))
     more, turn = shape.entries, shape.rope > 0
     table = fake(Float32, cute.sym_int(), shape.rope // 2, align=4) if turn else None
@@ -391,6 +445,8 @@ def program(shape: Shape, config: Config):
         fake(Float32, shape.heads, align=4),
         table,
         table,
+        fake(Float32, N, config.chunks, shape.heads, shape.d) if config.chunks > 1 else None,
+        fake(Float32, N, config.chunks, shape.heads, 2, align=4) if config.chunks > 1 else None,
         fake(BFloat16, N, shape.heads, shape.d),
         Float32(1.0),
         Int32(1),
@@ -401,10 +457,10 @@ def program(shape: Shape, config: Config):
 
 def configs(shape: Shape) -> Iterator[Config]:
     """All that fit; the first is what one token is fastest with."""
-    for splits in (8, 4, 2, 1):
+    for splits, chunks in ((8, 1), (4, 1), (2, 1), (1, 1), (8, 2), (8, 4), (8, 8)):
         for heads in (16, 32, 64):
             for rows, stages in ((32, 3), (32, 4), (64, 2), (32, 2), (64, 3)):
-                config = Config(heads, rows, stages, splits)
+                config = Config(heads, rows, stages, splits, chunks)
                 if heads < 16 + shape.heads and fits(shape, config):
                     yield config
 
@@ -413,13 +469,14 @@ def estimate(shape: Shape, config: Config, tokens: int, rows: int, processors: i
     """Microseconds, fitted to timings on an H200: a start and an end, tiles, and as many rounds as the blocks need. Clusters
     leave some processors alone; two blocks of one processor slow each other down."""
     H, half, wide = config.heads, config.rows / 32, shape.d / 512
-    tiles = max(1, -(-rows // (config.rows * config.splits)))
+    tiles = max(1, -(-rows // (config.rows * config.splits * config.chunks)))
     each = 5.0 + 0.025 * H + 0.2 * (config.stages - 2) * half
     each += tiles * wide * (0.0325 * H - 0.1 + (0.63 + 0.011 * H) * half)
-    blocks, here = tokens * -(-shape.heads // H) * config.splits, at_once(shape, config)
+    blocks, here = tokens * -(-shape.heads // H) * config.splits * config.chunks, at_once(shape, config)
+    again = 0 if config.chunks == 1 else 1.8 + 2e-6 * tokens * config.chunks * shape.heads * shape.d
     usable = processors if config.splits < 4 else processors * 7 // 8 // config.splits * config.splits
     crowded = 1 + 0.3 * (here - 1) * min(2, max(0, blocks / processors - 0.25))
-    return -(-blocks // (usable * here)) * each * crowded
+    return -(-blocks // (usable * here)) * each * crowded + again
 
 
 def rank(shape: Shape, work: tuple[int, ...]) -> list[Config]:
@@ -431,11 +488,19 @@ KERNEL = Kernel("attention", __file__, program, configs, rank)
 
 
 def launch(shape: Shape, dtype: str, *arguments) -> None:
-    """See `program`. What the tensor cores do not take runs exactly."""
+    """See `program`, without sums and marks. What the tensor cores do not take runs exactly."""
     if dtype != "bf16" or shape.d % 64 or shape.d > 512 or shape.rope % 4:
         exact = attention_exact.Shape(**asdict(shape), dtype=dtype)
         attention_exact.KERNEL.launcher(exact)(*arguments)
         return
     q, _, window, _, index, *_ = arguments
     rows = window.shape[1] + (0 if index is None else index.shape[1])
-    KERNEL.launcher(shape, work=(of_tokens(q.shape[0]), rounded(rows)))(*arguments)
+    run(shape, KERNEL.choice(shape, (of_tokens(q.shape[0]), rounded(rows))), *arguments)
+
+
+def run(shape: Shape, config: Config, q, keys, window, entries, index, sink, cos, sin, *rest) -> None:
+    """In this configuration, with room for it to work in."""
+    sums, marks = None, None
+    if config.chunks > 1:
+        sums, marks = (sink.new_empty(len(q), config.chunks, shape.heads, n) for n in (shape.d, 2))
+    KERNEL.launcher(shape, config)(q, keys, window, entries, index, sink, cos, sin, sums, marks, *rest)

@@ -48,13 +48,13 @@ class Attention:
     @cute.jit
     def __call__(self, q, keys, window, entries, index, sink, cos, sin, out, scale: Float32, T: Int32, stream):
         self.kernel(q, keys, window, entries, index, sink, cos, sin, out, scale, T).launch(
-            grid=[self.h, q.shape[0], 1], block=[THREADS, 1, 1], stream=stream
+            grid=[q.shape[0], self.h, 1], block=[THREADS, 1, 1], stream=stream
         )
 
     @cute.kernel
     def kernel(self, q, keys, window, entries, index, sink, cos, sin, out, scale, T):
         thread, _, _ = cute.arch.thread_idx()
-        head, token, _ = cute.arch.block_idx()
+        token, head, _ = cute.arch.block_idx()
         warp, lane = cute.arch.make_warp_uniform(thread // 32), thread % 32
         smem = cutlass.memory.SmemAllocator()
         row_of = smem.allocate_tensor(Int32, cute.make_layout((ROWS,)), 16)

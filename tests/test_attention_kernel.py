@@ -170,6 +170,16 @@ def test_without_a_second_list_the_sink_in_either_place(check):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("sink_on_window", [False, True])
+def test_long_lists_are_shared_by_clusters(sink_on_window, check):
+    args = case(B=1, T=1, h=64, d=512, S=128, W=128, E=9000, K=8192)
+    assert kernel.rank(kernel.Shape(512, 64, True, sink_on_window, 0), (1, 8320))[0].chunks > 1
+    check(*args, sink_on_window)
+    args[5][:, :, 200:] = -1  # whole clusters have nothing
+    check(*args, sink_on_window)
+
+
+@pytest.mark.gpu
 def test_queries_without_any_row_give_zero(check):
     check(*case(none=1.0), False)
     args = case()
@@ -270,6 +280,8 @@ CONFIGS = [
         (32, 64, 2, 8),
         (64, 32, 4, 1),
         (64, 64, 2, 2),
+        (16, 32, 2, 8, 4),
+        (32, 64, 2, 8, 2),
     )
 ]
 
@@ -295,9 +307,8 @@ def test_every_kind_of_configuration_with_guards_around_the_result(config, turne
         )
         want[..., -dr::2], want[..., 1 - dr :: 2] = a * c + b * s, b * c - a * s
     room = torch.full((B * T + 2, h, d), float("nan"), dtype=torch.bfloat16, device="cuda")
-    run = kernel.KERNEL.launcher(shape, config)
     flat = [x.flatten(0, 1) for x in (q, window, index)]
-    run(flat[0], keys, flat[1], entries, flat[2], sink, cos, sin, room[1:-1], scale, T)
+    kernel.run(shape, config, flat[0], keys, flat[1], entries, flat[2], sink, cos, sin, room[1:-1], scale, T)
     assert room[0].isnan().all() and room[-1].isnan().all()
     torch.testing.assert_close(room[1:-1].double(), want, rtol=2e-2, atol=1e-2)
 
