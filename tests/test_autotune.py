@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -20,6 +21,7 @@ from dsv4_compile.kernels import router
 from dsv4_compile.lowerings.attention import attention
 from dsv4_compile.lowerings.norm import unit_norm
 from dsv4_compile.op import Implementation
+from dsv4_compile.passes import PassManager
 
 ROWS = torch.randn(3, 8)
 
@@ -53,7 +55,7 @@ def toy(tmp_path, monkeypatch, settings):
     """toy(*speeds) -> a kernel of these configurations and an implementation of unit_norm that launches it."""
     monkeypatch.setattr(base, "STORE", Store(tmp_path))
     monkeypatch.setattr(tuning, "device", lambda: {"name": "a toy", "processors": 1})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(base.Kernel, "recorded", lambda self, *of: tuning.recorded(base.STORE, self.record(*of)))
 
     def make(*speeds):
         kernel = base.Kernel("toy", router.__file__, lambda shape, config: (None, ()), lambda shape: iter(speeds))
@@ -122,6 +124,23 @@ def test_what_is_in_the_cache_is_not_timed_again(toy, timer):
     assert again.choice(Size(8), (4,)) == Speed(3000)
     others, _ = toy(Speed(5000), Speed(3000), Speed(9000))  # other candidates: the record is not about them
     assert others.choice(Size(8), (4,)) == Speed(5000)
+
+
+def test_a_compile_times_what_the_gpu_claims(toy, timer, rewritten, monkeypatch):
+    kernel, implementation = toy(Speed(5000), Speed(3000))
+    claim = lambda self, op, arguments: (implementation, []) if op is unit_norm else (None, [])  # noqa: E731
+    monkeypatch.setattr(PassManager, "claim", claim)
+    monkeypatch.setattr(autotune, "tune", partial(autotune.tune, timer=timer))
+
+    def normed(x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) + 1
+
+    for mode in ("cached", "full"):
+        torch._dynamo.reset()
+        result, _ = rewritten(normed, ROWS, autotune=mode)
+        torch.testing.assert_close(result, normed(ROWS))
+        assert bool(timer.asked) == (mode == "full")
+    assert kernel.choice(Size(8), (4,)) == Speed(3000)
 
 
 def test_wrong_and_broken_candidates_are_out_and_say_why(toy, timer):
