@@ -21,7 +21,8 @@ SMS = 132  # processors that the cost model reckons with
 SHARED = 227 << 10  # bytes of a block at most
 LANES = 32
 DTYPES = {"bf16": BFloat16, "fp32": Float32}
-IN_FLIGHT = 48 << 10  # bytes of a processor: what memory's latency asks for
+AHEAD = 4096  # bytes of a row that are fetched while an earlier kernel runs
+IN_FLIGHT = 64 << 10  # bytes of a processor: what memory's latency asks for
 
 
 @dataclass(frozen=True)
@@ -92,22 +93,21 @@ def configs_of(work: Work) -> Iterator[Config]:
 
 
 def cost(work: Work, config: Config) -> float:
-    """Time in units of what memory needs, roughly: too little in flight, uneven shares of the processors, columns that are
-    none, vectors staged again by every thread block, barriers."""
-    weights, scales = work.stage_words(config)
-    flying = config.resident * config.warps * (config.stages - 1) * (weights + scales) * 4
-    depth = max(1.0, IN_FLIGHT / flying)
+    """Time in units of what memory needs, roughly: too little in flight or too few warps to decode, uneven shares of the
+    processors, columns that are none, vectors staged by every thread block."""
     blocks = work.grid(config) * work.grids
+    present = min(config.resident, -(-blocks // SMS))  # thread blocks of a processor
+    flying = present * config.warps * (config.stages - 1) * sum(work.stage_words(config)) * 4
+    enough = IN_FLIGHT * min(1.0, 2 * work.stored.row_bytes(work.K) * work.segments * ROWS / IN_FLIGHT)
+    depth = max(1.0, enough / flying)
+    idle = max(1.0, 16 / (present * config.warps)) ** 0.5
     rounds = -(-work.tiles // work.grid(config)) * -(-blocks // (SMS * config.resident))
     even = rounds * SMS * config.resident / (work.tiles * work.grids)
     even = max(even, 1.0) if work.tiles * work.grids >= SMS else 1.0
-    padded = work.columns(config) / work.K
-    staged = config.resident * work.M * work.K * work.segments * 2 / (1 << 20)
-    tile_bytes = work.segments * work.stored.row_bytes(work.K) * ROWS
-    idle = max(1.0, (8 if work.format == "bf16" else 16) / (config.resident * config.warps)) ** 0.5
-    return (
-        depth * even * padded * idle + staged + 512 * config.warps / tile_bytes + 1e-2 * abs(flying / IN_FLIGHT - 1.4)
-    )
+    staged = present * work.M * work.K * work.segments * 2 / (2 << 20)
+    habits = 0.01 * (config.stages - 3) + 0.02 * (config.blocks != 2) + 0.02 * max(0, present * config.warps - 16) / 16
+    habits += 0.04 / (work.steps(config) * work.segments)  # every tile ends with a barrier
+    return depth * even * idle * work.columns(config) / work.K + staged + habits
 
 
 class Stream:
@@ -258,11 +258,13 @@ class Stream:
         cute.arch.cp_async_commit_group()
 
     def home(self):
-        """Where a thread's 16 bytes lie: of four-bit rows, one after the other for the same place, so that a quad reads the
-        four runs that share a scale."""
-        if self.format.name in ("mxfp4", "nvfp4"):
-            return self.t * 8 + self.g
-        return self.lane
+        """Where a thread's 16 bytes lie among those of its warp. Of four-bit rows, a quad reads the four runs that share a
+        scale: turned so that neither writing nor reading meets in one bank."""
+        return self.turned(self.t) if stored.BITS[self.format.name] == 4 else self.lane
+
+    def turned(self, place):
+        """The 16 bytes at a place of row g."""
+        return self.g * 4 + (place ^ (self.g // 2))
 
     def scale_offset(self, block):
         """Bytes from the first scale of a row to that of a block."""
@@ -362,7 +364,7 @@ class Stream:
                 xs = self.operand(unit + c)
                 rows = []
                 for r in cutlass.range_constexpr(2):
-                    word = self.ring[begin + ((j * 2 + r) * LANES + c * 8 + self.g) * 4 + self.t]
+                    word = self.ring[begin + ((j * 2 + r) * LANES + self.turned(c)) * 4 + self.t]
                     rows.append(stored.e2m1(word))
                 a, b = rows
                 if const_expr(f.name == "nvfp4"):
@@ -508,12 +510,15 @@ class Linear(Stream):
     def __init__(self, shape: Shape, config: Config):
         super().__init__(shape.work, config)
         self.G, self.R, self.out = shape.G, shape.R, DTYPES[shape.out]
+        self.early = (
+            config.resident == 1
+        )  # starts under the kernel before it; smaller blocks would come to lie unevenly
         self.scale_row, self.scale_matrix = self.format.scale_bytes(shape.G * shape.R, shape.K)
 
     @cute.jit
     def __call__(self, x: cute.Tensor, weight: cute.Tensor, scale, scale_2, y: cute.Tensor, stream):
         self.kernel(x, weight, scale, scale_2, y).launch(
-            grid=[self.grid, self.G, 1], block=[self.threads, 1, 1], stream=stream
+            grid=[self.grid, self.G, 1], block=[self.threads, 1, 1], stream=stream, use_pdl=self.early
         )
 
     def place(self, tile, segment, r: int):
@@ -531,6 +536,13 @@ class Linear(Stream):
         self.scale_at = self.weight_at
         if const_expr(scale is not None):
             self.scale_at = scale.iterator.toint()
+        if const_expr(self.early):
+            if thread < ROWS:  # L2 may have the first rows before what runs now is through; nothing else may be touched
+                row = group * self.R + cutlass.min(first * ROWS + thread, self.R - 1)
+                ahead = Int32(min(self.row_bytes, AHEAD))
+                stored.fetch_to_l2(self.weight_at + Int64(row) * self.row_bytes, ahead)
+            cute.arch.griddepcontrol_launch_dependents()
+            cute.arch.griddepcontrol_wait()
         self.begin(first, warp, lane)
         for s in cutlass.range_constexpr(self.stages - 1):
             self.issue(Int32(s))

@@ -189,6 +189,11 @@ def fetch(shared, address, count) -> None:
     )
 
 
+def fetch_to_l2(address, count) -> None:
+    """Start to bring bytes, a multiple of 16, to the second cache."""
+    cute.arch.inline_ptx("cp.async.bulk.prefetch.L2.global [{$r0}], {$r1};", read_only_args=[address, count])
+
+
 def fetch_word(shared, address) -> None:
     """Start to copy 4 bytes to shared memory, by way of the first cache: neighbours are read soon."""
     cute.arch.inline_ptx("cp.async.ca.shared.global [{$r0}], [{$r1}], 4;", read_only_args=[shared, address])

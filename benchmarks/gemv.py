@@ -1,0 +1,141 @@
+"""Products of few rows at the sizes of DeepSeek-V4 Flash: how near the kernels come to the speed of memory.
+
+    python -m benchmarks.gemv [--rows 1 2 4 8] [--formats bf16 fp8 mxfp4 nvfp4] [--layers GLOB ...] [--json FILE]
+
+A call's time is that of a graph with many calls, each on weights of its own, more than the L2 cache holds; random inputs; arms
+take turns. `share`: bytes that must be read over time, over what this machine reads, measured first. `cuBLAS`: torch's product
+with the weight in bf16, whatever the format. `eager`: the op's meaning, which dequantises in front of the product.
+"""
+
+import argparse
+import fnmatch
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.timing import ceilings, microseconds, size
+from dsv4_compile.lowerings.linear import grouped_linear, linear
+from dsv4_compile.lowerings.moe import moe
+from dsv4_compile.reference_model.quant import dequantize, quantize
+
+STREAMED = 256 << 20  # bytes that a graph goes through at least
+EXPERTS, CHOSEN, D, INNER = 256, 6, 4096, 2048
+LAYERS = {  # groups, rows of each, columns
+    "q_a": (1, 1024, 4096),
+    "q_b": (1, 32768, 1024),
+    "wo_a": (8, 1024, 4096),
+    "wo_b": (1, 4096, 8192),
+    "shared gate": (1, 2048, 4096),
+    "shared down": (1, 4096, 2048),
+    "head": (1, 129280, 4096),
+}
+bf16 = torch.bfloat16
+Stored = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+
+
+def weight(format: str, *shape: int) -> Stored:
+    w = torch.randn(*shape, device="cuda") * shape[-1] ** -0.5
+    return (w.to(bf16), None, None) if format == "bf16" else quantize(w, format)
+
+
+def products(rows: list[int], formats: list[str], layers: list[str]) -> Iterator[dict[str, Any]]:
+    """Linear layers: a row of the table for each."""
+    for what, (G, R, K) in LAYERS.items():
+        if not any(fnmatch.fnmatch(what, glob) for glob in layers):
+            continue
+        for format in ("bf16",) if what == "head" else formats:
+            one = weight(format, G * R, K)
+            many = max(2, -(-STREAMED // size(one)))
+            weights = [one, *(tuple(t if t is None else t.clone() for t in one) for _ in range(many - 1))]
+            dense = [
+                dequantize(*w, "none" if format == "bf16" else format).to(bf16) for w in weights[: max(2, many // 2)]
+            ]
+            for M in rows:
+                op, lead = (linear, (M,)) if G == 1 else (grouped_linear, (G, M))
+                x = torch.randn(*lead, K, device="cuda").to(bf16)
+                inputs = [(x, *w) for w in weights]
+                multiply: Callable[..., Any] = F.linear if G == 1 else batched
+                us = microseconds({"ours": op.target}, inputs)
+                us |= {"cuBLAS": microseconds({"": multiply}, [(x, w) for w in dense])[""]}
+                us |= {"ours again": microseconds({"": op.target}, inputs)[""]}
+                got, want = op(*inputs[0]).double(), multiply(x.double(), dense[0].double())
+                yield dict(what=what, format=format, rows=M, bytes=size(one), us=us, error=wrong(got, want))
+            del weights, dense
+
+
+def batched(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(x, w.unflatten(0, (x.shape[0], -1)).mT)
+
+
+def experts(rows: list[int], formats: list[str]) -> Iterator[dict[str, Any]]:
+    """All routed experts of a layer; each call chooses others."""
+    for format in formats:
+        few = [weight(format, 8, *s) for s in ((INNER, D), (INNER, D), (D, INNER))]
+        stacked = [tuple(None if t is None else repeated(t) for t in stored) for stored in few]
+        matrices, scales, scales_2 = zip(*stacked, strict=True)
+        one = sum(map(size, stacked)) / EXPERTS
+        for N in rows:
+            inputs, hit = [], 0
+            for _ in range(max(4, int(-(-STREAMED // (N * CHOSEN * one))))):
+                expert = torch.rand(N, EXPERTS, device="cuda").topk(CHOSEN, -1).indices
+                hit += len(expert.unique())
+                x, gate = torch.randn(N, D, device="cuda").to(bf16), torch.rand(N, CHOSEN, device="cuda")
+                inputs.append((x, expert, gate, *matrices, 10.0, *scales, *scales_2))
+            us = microseconds({"ours": moe.target, "eager": moe.meaning}, inputs)
+            us |= {"ours again": microseconds({"": moe.target}, inputs)[""]}
+            wide = [a.double() if torch.is_tensor(a) and a.dtype in (bf16, torch.float32) else a for a in inputs[0][:3]]
+            error = wrong(moe(*inputs[0]).double(), moe.meaning(*wide, *inputs[0][3:]))
+            yield dict(what="experts", format=format, rows=N, bytes=one * hit / len(inputs), us=us, error=error)
+        del stacked, matrices, scales, scales_2
+
+
+def repeated(t: torch.Tensor) -> torch.Tensor:
+    """As many experts as there are, of a few drawn ones."""
+    narrow = t.view(torch.uint8) if t.dtype.itemsize == 1 else t
+    return narrow.repeat(EXPERTS // len(t), *[1] * (t.dim() - 1)).view(t.dtype)
+
+
+def wrong(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got - want).norm() / want.norm()).item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--formats", nargs="+", default=["bf16", "fp8", "mxfp4"])
+    parser.add_argument("--layers", nargs="+", default=["*"], metavar="GLOB")
+    parser.add_argument("--json", type=Path)
+    ask = parser.parse_args()
+    limits = ceilings()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {limits}", flush=True)
+    table = Table("layer", "format", "rows", "MB", "ours, us", "again", "TB/s", "share", "cuBLAS or eager, us", "error")
+    found = []
+    rows = products(ask.rows, ask.formats, ask.layers)
+    several = [n for n in ask.rows if n in (1, 8)] if any(fnmatch.fnmatch("experts", g) for g in ask.layers) else []
+    for r in (*rows, *(experts(several, ask.formats) if several else ())):
+        us, speed = r["us"], r["bytes"] / r["us"]["ours"] / 1e6
+        other = us.get("cuBLAS", us.get("eager", 0.0))
+        share = speed * 1e12 / limits.read
+        found.append(r | {"share": share})
+        numbers = (
+            f"{r['bytes'] / 1e6:.1f}",
+            f"{us['ours']:.2f}",
+            f"{us['ours again']:.2f}",
+            f"{speed:.2f}",
+            f"{share:.2f}",
+        )
+        table.add_row(r["what"], r["format"], str(r["rows"]), *numbers, f"{other:.2f}", f"{r['error']:.1e}")
+    Console(width=120).print(table)
+    if ask.json:
+        ask.json.write_text(json.dumps({"ceilings": limits.as_dict(), "rows": found}, indent=1))
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
