@@ -69,7 +69,7 @@ def taken_apart(gm: fx.GraphModule, inputs: Sequence[Any]) -> Apart | None:
         elif node.op == "output":
             driver.output(fx.node.map_arg(node.args[0], value.__getitem__))
         elif node in own:
-            name, operands = own[node], list(node.args[2:])
+            name, operands = own[node], operands_of(node)
             if name not in pieces:
                 pieces[name] = body_piece(gm, node, [example(n, examples) for n in operands])
             pieces[name].calls.append(node)
@@ -78,8 +78,9 @@ def taken_apart(gm: fx.GraphModule, inputs: Sequence[Any]) -> Apart | None:
             value[node] = driver.call_function(operator.getitem, (value[node.args[0]], node.args[1]))
         elif run := starts.get(node):
             name = f"piece_{len(pieces)}"
-            taken = list(dict.fromkeys([*(x for n in run for x in n.all_input_nodes if x not in run), *sizes]))
-            given = [n for n in run if any(user not in run for user in n.users)]
+            inside = set(run)
+            taken = list(dict.fromkeys([*(x for n in run for x in n.all_input_nodes if x not in inside), *sizes]))
+            given = [n for n in run if any(user not in inside for user in n.users)]
             pieces[name] = Piece(piece_of(gm, run, taken, given), [example(n, examples) for n in taken])
             result = call(name, taken)
             value.update({n: driver.call_function(operator.getitem, (result, i)) for i, n in enumerate(given)})
@@ -94,10 +95,13 @@ def shared(gm: fx.GraphModule) -> dict[Node, str]:
     other in the same way share one."""
     groups: dict[tuple[str, tuple[tuple[int, Any], ...]], list[Node]] = {}
     for node in gm.graph.nodes:
-        if node.target is torch.ops.higher_order.invoke_subgraph and all(
+        if node.target is not torch.ops.higher_order.invoke_subgraph:
+            continue
+        plain = all(isinstance(x, Node) for x in node.args[2:]) and all(
             u.target is operator.getitem for u in node.users
-        ):
-            groups.setdefault((node.args[0].target, aliases(node.args[2:])), []).append(node)
+        )
+        if plain:
+            groups.setdefault((holder_of(node).target, aliases(operands_of(node))), []).append(node)
     several = [calls for calls in groups.values() if len(calls) > 1]
     return {call: f"body_{i}" for i, calls in enumerate(several) for call in calls}
 
@@ -115,6 +119,15 @@ def aliases(operands: Sequence[Node]) -> tuple[tuple[int, Any], ...]:
     return tuple(found)
 
 
+def holder_of(call: Node) -> Any:
+    """The node that names the body."""
+    return call.args[0]
+
+
+def operands_of(call: Node) -> list[Any]:
+    return list(call.args[2:])
+
+
 def example(node: Node, given: dict[Node, Any]) -> Any:
     """What the node holds while tracing."""
     return given[node] if node in given else node.meta["example_value"]
@@ -126,7 +139,7 @@ def is_item(node: Node, own: dict[Node, str]) -> bool:
 
 def between(gm: fx.GraphModule, own: dict[Node, str]) -> Iterator[list[Node]]:
     """The nodes before, between and after the calls, in runs that compute something."""
-    holders = {call.args[0] for call in own if all(user in own for user in call.args[0].users)}
+    holders = {holder_of(call) for call in own if all(user in own for user in holder_of(call).users)}
     run: list[Node] = []
     for node in gm.graph.nodes:
         if node in own or node.op == "output":
@@ -138,8 +151,8 @@ def between(gm: fx.GraphModule, own: dict[Node, str]) -> Iterator[list[Node]]:
 
 
 def body_piece(gm: fx.GraphModule, call: Node, inputs: list[Any]) -> Piece:
-    body = getattr(gm, call.args[0].target)
-    for place, operand in zip(body.graph.find_nodes(op="placeholder"), call.args[2:], strict=True):
+    body = getattr(gm, holder_of(call).target)
+    for place, operand in zip(body.graph.find_nodes(op="placeholder"), operands_of(call), strict=True):
         known_to_dynamo(place, operand)
     known_as_dynamos(body, gm)
     return Piece(body, inputs)
