@@ -10,6 +10,7 @@ from . import (
     compressor,
     dequantize,
     grouped_mm,
+    head,
     indexer,
     linear,
     mhc,
@@ -54,4 +55,6 @@ OPS: tuple[Op, ...] = (
     attention.attention,
     attention.dense_attention,
     indexer.indexer,
+    head.head,
+    head.mtp_join,
 )

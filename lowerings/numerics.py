@@ -303,6 +303,20 @@ CONTRACTS: dict[str, Contract] = {
         order="rows, then columns and rows in turn, columns last",
         draws={**ENTERED, "X": Normal(spread=True), "y": Normal(spread=True), **MIXED},
     ),
+    "head": Contract(
+        ("X",),
+        draws={"X": Normal(spread=True), **ENTERED, "vocabulary": Matrix()},
+    ),
+    "mtp_join": Contract(
+        ("X",),
+        draws={
+            "e": Normal(spread=True),
+            "X": Normal(spread=True),
+            **{f"{s}_norm": Uniform(0.5, 1.5) for s in "eh"},
+            **{f"{s}_weight": Matrix() for s in "eh"},
+            **{f"{s}_scale": Scale() for s in "eh"},
+        },
+    ),
     "router": Contract(
         ("int64", "acc logits"),
         ties="the lower index",

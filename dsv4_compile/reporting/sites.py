@@ -31,6 +31,7 @@ def expected(model: Any) -> dict[str, int]:
         "indexer": list(kinds).count(CSA),
         "mhc": 2 * 2 * layers + 1,
         "mhc_boundary": 2 * layers,
+        "head": 1,
         "prologue": 2 * layers,
         "epilogue": layers,
     }
@@ -55,6 +56,7 @@ HOLDS: dict[str, dict[str, int]] = {
     f"{_HOME}.HyperConnection": {"mhc": 2},
     f"{_HOME}.HyperHead": {"mhc": 1},
     f"{_HOME}.Block": {"mhc_boundary": 2},
+    f"{_HOME}.DSV4": {"head": 1},
 }
 _HF = "transformers.models.deepseek_v4.modeling_deepseek_v4.DeepseekV4"
 HOLDS |= {
@@ -68,9 +70,12 @@ HOLDS |= {
     f"{_HF}HyperConnection": {"mhc": 2},
     f"{_HF}HyperHead": {"mhc": 1},
     f"{_HF}DecoderLayer": {"mhc_boundary": 2},
+    f"{_HF}ForCausalLM": {"head": 1},
 }
 ONLY_IF = {
     f"{_HOME}.Block": "sigmoid",  # its body, not what hands that its arguments
+    f"{_HOME}.DSV4": "embedding",  # the graph around its layers, not their bodies
+    f"{_HF}ForCausalLM": "embedding",
     f"{_HOME}.Indexer": "topk",
     f"{_HOME}.Router": "gather",  # uniform gates are looked up nowhere
     f"{_HF}HCACompressor": "softmax",  # prompts below one window have nothing to compress
