@@ -235,7 +235,17 @@ def test_every_op_has_a_contract():
 
 
 WEIGHTS = {"w1", "w2", "w3"}  # not their scales
-EXTRA = {"dim": -1, "sink_on_window": False, "entries": None, "index": None}
+EXTRA = {
+    "dim": -1,
+    "sink_on_window": False,
+    "entries": None,
+    "index": None,
+    "inverse": False,
+    "weight": None,
+    "exact": False,
+    "e_scale": None,
+    "h_scale": None,
+}
 
 
 def arguments(pattern, dtype):
@@ -271,7 +281,8 @@ def test_declared_dtypes_are_true(dtype):
         got = got if isinstance(got, tuple) else (got,)
         assert tuple(x.dtype for x in got) == CONTRACTS[pattern.op.name].output_dtypes(given), pattern.qualified
         tried.add(pattern.op.name)
-    assert tried >= {o.name for o in OPS} - {"dequantize", "sinkhorn", "linear", "grouped_linear", "dense_attention"}
+    found_by_hand = {"dequantize", "sinkhorn", "linear", "grouped_linear", "linear_wide", "dense_attention"}
+    assert tried >= {o.name for o in OPS} - found_by_hand
 
 
 def test_the_contract_is_part_of_the_identity(monkeypatch):
