@@ -39,8 +39,8 @@ def in_batch(match: Match) -> bool:
     return True
 
 
-def normed(x, weight, cos, eps):
-    return rms_norm(x, weight, eps).view(B, cos.shape[1], -1)
+def normed(x, weight, cos, eps, *heads):
+    return rms_norm(x, weight, eps).view(B, cos.shape[1], *heads, -1)
 
 
 @rule(
@@ -82,5 +82,5 @@ def queries_of_heads(x, cos, sin, eps: Scalar):
     check=in_batch,
 )
 def keys_of_one_head(x, weight, cos, sin, eps: Scalar):
-    one = normed(x, weight, cos, eps).unsqueeze(2).transpose(1, 2)
+    one = normed(x, weight, cos, eps, 1).transpose(1, 2)
     return rope(one, cos.unsqueeze(1), sin.unsqueeze(1), False)
