@@ -53,7 +53,11 @@ def few_and_stored(a: Any, rows: Any) -> bool | str:
     return gemv.streams(a.weight, a.scale, a.scale_2) if verdict is True else verdict
 
 
-@linear.on("cpu")
+def stored(a) -> bool | str:
+    return a.scale is not None or "a product of plain matrices is PyTorch's own"
+
+
+@linear.on("cpu", worth=stored)
 def _(x, weight, scale, scale_2):
     if scale is None:
         return F.linear(x, weight.to(x.dtype))
@@ -105,7 +109,7 @@ def _(x, weight, scale, scale_2):
     return gemv.multiply(x, weight, scale, scale_2, x.dtype)
 
 
-@grouped_linear.on("cpu")
+@grouped_linear.on("cpu", worth=stored)
 def _(x, weight, scale, scale_2):
     if scale is None:
         w = weight.to(x.dtype)

@@ -254,6 +254,16 @@ CONTRACTS: dict[str, Contract] = {
         accumulate="products in x's dtype at least",
         draws={"weight": Matrix(8.0), "scale": Scale(), "scale_2": Scale(-1, 1)},
     ),
+    "output_projection": Contract(
+        ("x",),
+        accumulate="products in x's dtype at least",
+        draws={
+            "a": Matrix(8.0),
+            "b": Matrix(8.0),
+            **dict.fromkeys(("a_scale", "b_scale"), Scale()),
+            **dict.fromkeys(("a_scale_2", "b_scale_2"), Scale(-1, 1)),
+        },
+    ),
     "linear_wide": Contract(("acc x",), draws={"weight": Matrix(8.0)}),
     "grouped_mm": Contract(("x",), draws={"w": Matrix(), "ends": Ends("x")}),
     "softmax": Contract(("x",), order="maximum first, then sum", draws={"x": Normal(4.0)}),

@@ -467,5 +467,17 @@ def a_softmax_for_each_source(right, a):
     return (alone + other) / 2
 
 
+changed("output_projection", "groups in reverse", x=lambda a: a["x"].flip(0))
+changed("output_projection", "matrices of the next group", a=lambda a: a["a"].roll(a["a"].shape[0] // len(a["x"]), 0))
+changed("output_projection", "second matrix reversed", b=lambda a: a["b"].flip(1))
+
+
+@fault("output_projection")
+def groups_transposed(right, a):
+    """Channel after channel instead of group after group."""
+    G, b = len(a["x"]), a["b"]
+    return right(**(a | {"b": b.unflatten(1, (G, -1)).transpose(1, 2).flatten(1)}))
+
+
 def without_the_oldest(window):
     return torch.cat([torch.full_like(window[..., :1], -1), window[..., 1:]], -1)

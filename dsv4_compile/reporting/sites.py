@@ -16,7 +16,7 @@ def expected(model: Any) -> dict[str, int]:
     The model says what it is by `config.layer_types`, as the reference model and Hugging Face's do. mHC has a site
     before and one after each of the two blocks of a layer, and the last collapse; what lies between two blocks, or before the
     first, is a boundary. CSA has a second compressor, the indexer's. Around attention queries and keys have a prologue each,
-    and the output an epilogue.
+    and the output an epilogue before it is projected.
     """
     config = getattr(model, "config", None)
     kinds = getattr(config, "layer_types", None)
@@ -34,6 +34,7 @@ def expected(model: Any) -> dict[str, int]:
         "head": 1,
         "prologue": 2 * layers,
         "epilogue": layers,
+        "output_projection": layers,
     }
 
 
@@ -48,7 +49,7 @@ def kinds(model: Any) -> dict[str, str]:
 # else: not counted.
 _HOME = "dsv4_compile.reference_model.model"
 HOLDS: dict[str, dict[str, int]] = {
-    f"{_HOME}.Attention": {"attention": 1, "prologue": 2, "epilogue": 1},
+    f"{_HOME}.Attention": {"attention": 1, "prologue": 2, "epilogue": 1, "output_projection": 1},
     f"{_HOME}.Experts": {"moe": 1},
     f"{_HOME}.Router": {"router": 1},
     f"{_HOME}.Compressor": {"compressor": 1},
@@ -60,7 +61,7 @@ HOLDS: dict[str, dict[str, int]] = {
 }
 _HF = "transformers.models.deepseek_v4.modeling_deepseek_v4.DeepseekV4"
 HOLDS |= {
-    f"{_HF}Attention": {"attention": 1, "prologue": 2, "epilogue": 1},
+    f"{_HF}Attention": {"attention": 1, "prologue": 2, "epilogue": 1, "output_projection": 1},
     f"{_HF}Experts": {"moe": 1},
     f"{_HF}TopKRouter": {"router": 1},
     f"{_HF}HashRouter": {"router": 1},

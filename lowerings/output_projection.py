@@ -1,0 +1,38 @@
+"""Attention's way out: a matrix for each group of heads, then one for all of them."""
+
+from dsv4_compile.lowerings.linear import grouped_linear, linear, sizes_of
+from dsv4_compile.op import Cost, Tensor, op
+
+
+@op("dsv4::output_projection")
+def output_projection(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor | None = None,
+    a_scale_2: Tensor | None = None,
+    b_scale: Tensor | None = None,
+    b_scale_2: Tensor | None = None,
+) -> Tensor:
+    """`grouped_linear`, the groups side by side, `linear`.
+
+    x [G, M, K], group by group; a [G R, K] and b [D, G R], plain, or as `dequantize` takes them with their scales ->
+    [M, D] of x's dtype; what lies between may be rounded to it or not. No implementation: its parts have some.
+    Source: DeepSeek-V4, grouped output projection.
+    """
+    u = grouped_linear(x, a, a_scale, a_scale_2)
+    return linear(u.transpose(0, 1).flatten(1), b, b_scale, b_scale_2)
+
+
+@output_projection.cost
+def _(M, G, K, R, D, a_bits, a_block, b_bits, b_block):
+    a, b = G * R * K, D * G * R
+    read = a * (a_bits / 8 + 1 / a_block) + b * (b_bits / 8 + 1 / b_block) + 2 * M * G * K
+    return Cost(flops=(2 * M + 1) * (a + b), read=read, write=2 * M * D)
+
+
+@output_projection.sizes
+def _(a):
+    (G, M, K), of_a, of_b = a.x.shape, sizes_of(a.a, a.a_scale), sizes_of(a.b, a.b_scale)
+    kept = {f"{name}_{key}": of[key] for name, of in (("a", of_a), ("b", of_b)) for key in ("bits", "block")}
+    return dict(M=M, G=G, K=K, R=of_a["N"] // G, D=of_b["N"], **kept)
