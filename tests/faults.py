@@ -304,15 +304,13 @@ changed("mhc_head", "wrong eps", eps=lambda a: a["eps"] * 100)
 changed("mhc_head", "sign of the scale", scale=lambda a: -a["scale"])
 
 
-# Head and MTP
+# Head
 
 
 changed("head", "no norm", weight=lambda a: torch.ones_like(a["weight"]))
 changed("head", "wrong eps of the norm", norm_eps=lambda a: a["norm_eps"] * 1000)
 changed("head", "vocabulary off by one", vocabulary=lambda a: a["vocabulary"].roll(1, 0))
 changed("head", "streams in reverse", X=lambda a: a["X"].flip(-2))
-changed("mtp_join", "norms swapped", e_norm=lambda a: a["h_norm"], h_norm=lambda a: a["e_norm"])
-changed("mtp_join", "projections swapped", e_weight=lambda a: a["h_weight"], h_weight=lambda a: a["e_weight"])
 
 
 # Router

@@ -1,0 +1,36 @@
+"""Every site at the sizes of the released models, on the meta device: nothing is allocated, nothing computed.
+
+One layer of each kind by default, at decode; with DSV4_TEST_COVERAGE=all every layer of Flash and Pro, prefill and decode.
+"""
+
+import os
+
+import pytest
+import torch
+
+import dsv4_compile
+from dsv4_compile.reference_model import DSV4, DSV4Config
+
+ALL = os.environ.get("DSV4_TEST_COVERAGE") == "all"
+ONE_OF_EACH = dict(
+    num_hidden_layers=3,
+    layer_types=("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"),
+    mlp_layer_types=("hash_moe", "moe", "moe"),
+)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"] if ALL else ["decode"])
+@pytest.mark.parametrize("name", ["flash", "pro"] if ALL else ["flash"])
+def test_every_site_is_found_at_full_size(name, phase):
+    config = getattr(DSV4Config, name)().replace(num_nextn_predict_layers=0)
+    if not ALL:
+        config = config.replace(**ONE_OF_EACH)
+    with torch.device("meta"):
+        model = DSV4(config).eval().requires_grad_(False)
+    model.to("meta")  # tables that are computed on the CPU
+    tokens = torch.zeros(1, 512 if phase == "prefill" else 1, dtype=torch.int64, device="meta")
+    state = [model.new_state(1, 4096)] if phase == "decode" else []
+    report = dsv4_compile.explain(model, tokens, *state)
+    assert {f: report.counts[f] for f in report.sites} == dict(report.sites), report
+    layers = len(config.layer_types)
+    assert report.sites["moe"] == layers and report.sites["mhc_boundary"] == 2 * layers and report.sites["head"] == 1
