@@ -259,3 +259,19 @@ def test_plain_weights_are_multiplied(dtype):
     torch.library.opcheck(linear_wide.target, (x, weight))
     cost = linear.symbolic_cost().at(**linear.bound_sizes(linear.arguments(x, weight)))
     assert cost.read == 12 * 64 * dtype.itemsize + 2 * 3 * 64
+
+
+def test_operands_that_were_written_back_alike_are_told_apart(rewritten):
+    """Two products of one shape, written back, are the operands of an op that is written back after them."""
+    (a, a_scale, _), (b, b_scale, _) = (quantize(torch.randn(64, 192), "fp8") for _ in range(2))
+    x = torch.randn(1, 192)
+
+    def f(x, a, b):
+        gate = F.linear(x, dequantize(a, a_scale, None, "fp8"))
+        up = F.linear(x, dequantize(b, b_scale, None, "fp8"))
+        return F.silu(gate.clamp(max=10.0)) * up.clamp(-10.0, 10.0)
+
+    with torch.no_grad():
+        result, report = rewritten(f, x, a, b, lowerings="none")
+    assert report.counts["linear"] == 2
+    torch.testing.assert_close(result, f(x, a, b))

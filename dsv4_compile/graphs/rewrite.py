@@ -203,7 +203,7 @@ def inline(graph: fx.Graph, node: Node, op: Op, pieces: dict[str, fx.Graph]) -> 
 
     key = f"{op.name} " + ", ".join(f"{name}={_described(value(a))}" for name, a in arguments.items())
     if key not in pieces:
-        pieces[key] = trace_aten(meaning, [value(a) for a in inputs.values()])
+        pieces[key] = trace_aten(meaning, distinct([value(a) for a in inputs.values()]))
     with undone_on_error(graph), graph.inserting_before(node):
         before = node.prev
         outs = [contiguous(graph, o, node) for o in graft(graph, pieces[key], list(inputs.values()), node)]
@@ -217,6 +217,17 @@ def inline(graph: fx.Graph, node: Node, op: Op, pieces: dict[str, fx.Graph]) -> 
             graph.erase_node(item)
     graph.erase_node(node)
     return parts
+
+
+def distinct(values: list[Any]) -> list[Any]:
+    """No two the same object, which tracing would take for one input: nodes that were copied from one piece share theirs."""
+    found: list[Any] = []
+    for x in values:
+        if any(x is other for other in found):
+            with x.fake_mode:
+                x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+        found.append(x)
+    return found
 
 
 def _parts(before: Node, whole: Node) -> Iterator[Node]:
