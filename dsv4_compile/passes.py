@@ -19,7 +19,8 @@ from .accuracy.torch_bisect import left_out
 from .accuracy.verify import Verifier
 from .config import LOWER, Config
 from .errors import BrokenGraph, DSV4Error, DSV4Warning, LoweringFailed, RuleFailed, WrongRewrite
-from .graphs.graph import canonicalise, contract, head, is_tensor, keeps, value, verify, where
+from .graphs.canonical import canonicalise
+from .graphs.graph import contract, head, is_tensor, keeps, value, verify, where
 from .graphs.instances import module_path, number, site_id
 from .graphs.listing import difference, lines
 from .graphs.near import align

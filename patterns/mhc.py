@@ -14,7 +14,7 @@ POST = {"X": T(13, 5, 11), "y": T(13, 11), "post": T(13, 5), "comb": T(13, 5, 5)
 HEAD = {"X": T(13, 5, 11), "fn": T(5, 55), "base": T(5), "scale": T(1)}
 
 # Parts of the weights, which are views: a layer that is called twice reads them twice.
-PARTS = ("aten.permute", "aten.split_with_sizes", "aten.select", "aten.unbind", "getitem")
+PARTS = ("aten.permute", "aten.slice", "aten.select")
 
 
 def mixture(X, fn, rms_eps):

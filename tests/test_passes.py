@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from dsv4_compile.config import Config
 from dsv4_compile.errors import BrokenGraph, DSV4Warning, LoweringFailed
-from dsv4_compile.graphs.graph import aten, call, canonicalise, sort, verify
+from dsv4_compile.graphs.canonical import canonicalise
+from dsv4_compile.graphs.graph import aten, call, sort, verify
 from dsv4_compile.match import T, rule
 from dsv4_compile.op import at_least, op
 from dsv4_compile.passes import PassManager

@@ -42,8 +42,10 @@ RESHAPES = {
 VIEWS = RESHAPES | {aten.expand.default}
 END = 2**63 - 1
 
-# Arguments that say how a value is stored or ordered, not what it is.  Every dsv4 op that selects also sorts.
-BOOKKEEPING = {"dtype", "layout", "device", "pin_memory", "memory_format", "sorted", "non_blocking", "requires_grad"}
+# Arguments that say how a value is stored or ordered, not what it is.  Every dsv4 op that selects also sorts, and none
+# depends on the order of equal values.
+BOOKKEEPING = {"dtype", "layout", "device", "pin_memory", "memory_format", "sorted", "stable", "non_blocking"}
+BOOKKEEPING |= {"requires_grad"}
 
 
 def known(condition: Any) -> bool:
@@ -233,65 +235,6 @@ def where(node: Node) -> str:
         return "unknown line"
     file, line, _, code = own[-1]
     return f"{file.rsplit('/', 1)[-1]}:{line} {code.strip()}"
-
-
-# Canonical form
-
-
-def canonicalise(graph: fx.Graph) -> None:
-    """Drop what computes nothing, merge equal nodes, write x * x as x ** 2, and take sizes from the graph's inputs."""
-    sizes_from_inputs(graph)
-    seen: dict[Any, Node] = {}
-    for node in list(graph.nodes):
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        if node.target is aten.mul.Tensor and node.args[0] is node.args[1]:
-            node.target, node.args = aten.pow.Tensor_Scalar, (node.args[0], 2)
-        replacement = node.args[0] if _is_nothing(node) else _earlier_equal(node, seen)
-        if replacement is not None:
-            node.replace_all_uses_with(replacement)
-            graph.erase_node(node)
-
-
-def _escapes(node: Node) -> bool:
-    """Whether the value, or a view of it, leaves the graph: then its storage must stay its own."""
-    return any(u.op == "output" or u.target is aten.copy_.default for u in users(node))
-
-
-def _is_nothing(node: Node) -> bool:
-    """A view to the same shape, a slice of everything, a cast to the same dtype, a product with 1. Clones stay: they may
-    part storages."""
-    product = node.target is aten.mul.Tensor and isinstance(node.args[1], (int, float)) and node.args[1] == 1
-    views = VIEWS - {aten.clone.default, aten.lift_fresh_copy.default} | {aten.slice.Tensor}
-    if not (product or node.target is CAST or node.target in views):
-        return False
-    if not is_tensor(node.args[0]) or _escapes(node):
-        return False
-    a, b = value(node.args[0]), value(node)
-    return a.dtype == b.dtype and same_shape(a.shape, b.shape) and same_shape(a.stride(), b.stride())
-
-
-def _frozen(x: Any) -> Any:
-    if isinstance(x, (list, tuple)):
-        return tuple(_frozen(i) for i in x)
-    if isinstance(x, slice):
-        return ("slice", x.start, x.stop, x.step)
-    return (type(x), repr(x)) if isinstance(x, float) else (type(x), x)
-
-
-def _earlier_equal(node: Node, seen: dict[Any, Node]) -> Node | None:
-    tags = node.target.tags
-    if node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in tags or "empty" in head(node):
-        return None
-    if _escapes(node):
-        return None
-    kwargs = tuple((k, _frozen(v)) for k, v in sorted(node.kwargs.items()))
-    key = node.target, _frozen(node.args), kwargs
-    try:
-        first = seen.setdefault(key, node)
-    except TypeError:  # an argument that cannot be hashed, such as a symbolic size
-        return None
-    return None if first is node else first
 
 
 # Editing

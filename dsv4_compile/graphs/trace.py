@@ -8,7 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from ..errors import BadRule
-from .graph import canonicalise, is_tensor, literal, shape, strip, trace_aten
+from .canonical import canonicalise
+from .graph import is_tensor, literal, shape, strip, trace_aten
 from .unify import Pattern
 
 

@@ -177,8 +177,9 @@ class Search:
         if len(a.operands) != len(b.operands) or a.literals.keys() != b.literals.keys():
             self.fail(binding, f"{a} with {len(a.operands)} operands", f"{len(b.operands)}, {b.literals}")
             return None
+        implied = self.implied_bound(a)
         for key, wanted in a.literals.items():
-            if not self.number(wanted, b.literals[key], binding, key):
+            if key != implied and not self.number(wanted, b.literals[key], binding, key):
                 return None
         if is_tensor(p) and not self.shapes(shape(p), shape(m), binding):
             return None
@@ -208,9 +209,14 @@ class Search:
     def operand_shapes(self, a: Term, operands: Sequence[Any], binding: Binding) -> bool:
         trial = binding.copy()
         for p, m in zip(a.operands, operands, strict=True):
+            if not (is_tensor(p) and is_tensor(m)):
+                continue
+            if a.pointwise and p in self.pattern.inputs and self.shapes(shape(p), shape(m), whole := trial.copy()):
+                trial = whole  # a parameter may be what the model expanded
+                continue
             if a.pointwise:
                 p, m = unexpanded(p), unexpanded(m)
-            if is_tensor(p) and is_tensor(m) and not self.shapes(shape(p), shape(m), trial, broadcast=a.pointwise):
+            if not self.shapes(shape(p), shape(m), trial, broadcast=a.pointwise):
                 return False
         return True
 
@@ -225,7 +231,7 @@ class Search:
         elif isinstance(p, float) and abs(p) in self.pattern.scalars:
             same = isinstance(m, (int, float)) and self.scalar(p, m, binding)
         elif isinstance(p, int) and not isinstance(p, bool):
-            free = abs(p) in self.pattern.integers.values() or (key in SIZED and abs(p) in self.pattern.sizes)
+            free = self.is_size(p, key)
             same = isinstance(m, (int, float, torch.SymInt)) and (
                 self.size(p, m, binding) if free and not isinstance(m, float) else known(p == m)
             )
@@ -236,6 +242,20 @@ class Search:
         if not same:
             self.fail(binding, f"{key or 'value'} {self.pattern.scalars.get(p, p) if isinstance(p, float) else p}", m)
         return same
+
+    def is_size(self, p: Any, key: str) -> bool:
+        """Whether an integer of the pattern stands for a size or a captured integer, not for itself."""
+        if not isinstance(p, int) or isinstance(p, bool):
+            return False
+        return abs(p) in self.pattern.integers.values() or (key in SIZED and abs(p) in self.pattern.sizes)
+
+    def implied_bound(self, a: Term) -> str:
+        """The bound of a slice that follows from the other one and the size of the result: a sum of sizes, as in
+        x[n : n + m], is no size that the pattern knows."""
+        if a.head != "aten.slice" or a.literals["step"] != 1:
+            return ""
+        fixed = {k: a.literals[k] == 0 or self.is_size(a.literals[k], k) for k in ("start", "end")}
+        return next((k for k in fixed if not fixed[k]), "") if any(fixed.values()) else ""
 
     def scalar(self, p: float, m: float, binding: Binding) -> bool:
         captured = float(m if p > 0 else -m)
