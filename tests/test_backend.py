@@ -196,5 +196,6 @@ def test_sites_come_from_the_schedule():
     kinds = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"]
     model = Block()
     model.config = SimpleNamespace(layer_types=kinds, hc_mult=4)
-    assert expected(model) == {"attention": 4, "moe": 4, "router": 4, "compressor": 3, "mhc": 17}
+    in_layers = {"attention": 4, "moe": 4, "router": 4, "compressor": 3, "indexer": 1, "mhc": 17, "mhc_boundary": 8}
+    assert expected(model) == in_layers | {"head": 1, "prologue": 8, "epilogue": 4, "output_projection": 4}
     assert expected(Block()) == {}
