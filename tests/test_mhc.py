@@ -266,7 +266,7 @@ def test_what_is_unclaimed_is_put_back(rewritten):
 
 
 WRONG_PRE = {
-    "post is not doubled": ({"post": 1.0}, "value 2"),
+    "post is tripled": ({"post": 3.0}, "value 2"),
     "no eps": ({"eps": None}, "aten.mul of aten.add, placeholder"),
     "a norm for each stream": (
         {"axes": (-1,)},

@@ -302,7 +302,9 @@ def test_canonical_form_keeps_storages_and_random_numbers_apart():
     graph = traced(f, torch.randn(2, 3))
     before = targets(graph)
     canonicalise(graph)
-    assert targets(graph) == before
+    assert targets(graph) == [
+        "clone.default" if t == "mul.Tensor" else t for t in before
+    ]  # 1 x is x, in storage of its own
 
 
 def test_sort_restores_the_order_and_moves_little():

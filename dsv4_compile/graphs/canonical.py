@@ -7,11 +7,13 @@ apart. What a form makes must lie in memory as what it replaces, or the form is 
 import math
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx import Node
+from torch.fx.node import map_aggregate
 
 from .graph import (
     CAST,
@@ -27,6 +29,7 @@ from .graph import (
     literal,
     same_shape,
     shape,
+    size_node,
     sizes_from_inputs,
     strip,
     users,
@@ -79,8 +82,8 @@ class Writer:
         return node
 
     def make(self, like: Node, target: Any, *args: Any) -> Node:
-        """A call, canonical itself, with the model's line of `like`."""
-        return self.settle(call(self.graph, target, args, like))
+        """A call, canonical itself, with the model's line of `like`; sizes among the arguments are computed in the graph."""
+        return self.settle(call(self.graph, target, map_aggregate(args, partial(size_node, self.graph)), like))
 
     def replace(self, node: Node, new: Node) -> Node:
         node.replace_all_uses_with(new)
