@@ -281,7 +281,15 @@ def test_declared_dtypes_are_true(dtype):
         got = got if isinstance(got, tuple) else (got,)
         assert tuple(x.dtype for x in got) == CONTRACTS[pattern.op.name].output_dtypes(given), pattern.qualified
         tried.add(pattern.op.name)
-    found_by_hand = {"dequantize", "sinkhorn", "linear", "grouped_linear", "linear_wide", "dense_attention"}
+    found_by_hand = {
+        "dequantize",
+        "sinkhorn",
+        "linear",
+        "grouped_linear",
+        "linear_wide",
+        "dense_attention",
+        "output_projection",
+    }
     assert tried >= {o.name for o in OPS} - found_by_hand
 
 
