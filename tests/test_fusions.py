@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-import itertools
+import os
 from functools import partial
 
 import pytest
@@ -49,8 +49,7 @@ def all_found(report) -> None:
     assert report.sites and {f: report.counts[f] for f in report.sites} == dict(report.sites), report
 
 
-@pytest.mark.parametrize("name", ["nano", "tiny"])
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize(("name", "phase"), [("nano", "prefill"), ("nano", "decode"), ("tiny", "prefill")])
 def test_every_site_of_the_real_models_is_found(name, phase):
     if name == "nano":
         model = load(CHECKPOINT)  # bf16, FP8 linears, MXFP4 experts
@@ -82,8 +81,7 @@ def test_every_site_of_a_variant_is_found(change):
     all_found(dsv4_compile.explain(model, tokens_for(model, 19)))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("length", [1, 19])
+@pytest.mark.parametrize(("dtype", "length"), [(torch.bfloat16, 19), (torch.float64, 1)], ids=str)
 def test_every_site_is_found_in_every_dtype(dtype, length):
     model = small(KINDS, ("hash_moe", "moe", "moe")).to(dtype)
     all_found(dsv4_compile.explain(model, tokens_for(model, length, batch=1), model.new_state(1, 32)))
@@ -107,7 +105,7 @@ def joint():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Block, "region", plain)  # one graph, without the body of a region apart
         model = small()
-        for phase, length in (("prefill", 19), ("decode", 1)):
+        for phase, length in (("prefill", 11), ("decode", 1)):
             capture, calls = Capture(), []
 
             def keep(gm, inputs, calls=calls, **kwargs):
@@ -124,23 +122,33 @@ def joint():
     return found
 
 
-ALL = [off for n in range(len(FUSIONS) + 1) for off in itertools.combinations(FUSIONS, n)]
+WHOLE = os.environ.get("DSV4_TEST_PASSES") == "all"  # each choice raises the patterns anew: five minutes in all
+NAMES = tuple(dict.fromkeys(r.name for r in RULES))
+CHOICES = {"all": {}, "none": {"passes": "none"}}
+CHOICES |= {f"{name} alone": {"passes": name} for name in NAMES}
+CHOICES |= {f"idioms and {name}": {"passes": f"raise.*,{name}"} for name in NAMES if name.startswith("fuse.")}
+CHOICES |= {f"all but {name}": {"disable": name} for name in NAMES}
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_all_32_combinations_give_the_same_logits(joint, phase):
+def test_each_pass_alone_and_all_together_give_the_same_logits(joint, phase):
     captured, inputs, want = joint[phase]
-    assert len(ALL) == 32
-    for off in ALL:
-        options = {"strict": True, "disable": ",".join(f"fuse.{f}" for f in off)}
-        manager = PassManager(resolve(options, None, passes={r.name for r in RULES}, devices=DEVICES), RULES, OPS)
+    least = 1e-4 * max(1.0, want.abs().max().item() / 7)
+    for name, options in CHOICES.items():
+        if not (WHOLE or name == "all" or (phase == "decode" and name.startswith("idioms"))):
+            continue
+        config = resolve({"strict": True} | options, None, passes=set(NAMES), devices=DEVICES)
+        manager = PassManager(config, RULES, OPS)
         rewritten = copy.deepcopy(captured)
         with rewritten.graph.find_nodes(op="placeholder")[0].meta["val"].fake_mode:  # as where the passes are called
             manager(rewritten.graph)
         rewritten.recompile()
         got = next(o for o in rewritten(*copy.deepcopy(inputs)) if o.shape == want.shape)
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, msg=lambda m, off=off: f"without {off}: {m}")
-        assert {f for f in FUSIONS if manager.report.counts[f]} == set(FUSIONS) - set(off)
+        assert (got - want).abs().max() <= least, name
+        found = {f for f, count in manager.report.rules.items() if count}
+        assert found == {f for f in found if config.enabled(f)}, name
+        if not options:
+            assert {f"fuse.{f}" for f in FUSIONS} <= found
 
 
 @pytest.mark.parametrize("how", ["option", "variable", "glob"])

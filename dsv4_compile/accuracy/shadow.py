@@ -1,6 +1,6 @@
 """A real prompt, rewrite by rewrite: every op against the plain graph on the values that stand there while the model runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,10 +104,23 @@ class Recorded(Verifier):
         self.values: Values = {}
 
     def verdict(self, part: Cut, op: Op, blank: Check) -> Check:
+        self.complete(part.inputs)
         env = {n: self.values[n] for n in part.inputs}
         found = self.compared(part, contract_of(op.name), env, blank)
         self.values |= self.run(part.new, env, None)
         return found
+
+    def complete(self, nodes: Iterable[Node]) -> None:
+        """Work out values of nodes that were not in the graph when it ran: those of its canonical form."""
+        missing, todo = set(), list(nodes)
+        while todo:
+            node = todo.pop()
+            if node not in self.values and node not in missing:
+                missing.add(node)
+                todo.extend(node.all_input_nodes)
+        if missing:
+            in_order = [n for n in next(iter(missing)).graph.nodes if n in missing]
+            evaluate(in_order, self.values, {}, by_meaning)
 
 
 class ShadowManager(PassManager):

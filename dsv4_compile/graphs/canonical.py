@@ -535,10 +535,23 @@ def multiplied(x: Node) -> bool:
 def one_matrix(w: Writer, node: Node) -> Node | None:
     """A batch of one that comes from two matrices, as einsum makes of a linear layer."""
     a, b = args(node)
-    matrix = b
-    while matrix.target in RESHAPES - {aten.clone.default} and len(shape(matrix)) > 2:
+    matrix, way = b, []
+    while len(shape(matrix)) > 2 and is_call(matrix, aten.permute.default, *RESHAPES - {aten.clone.default}):
+        way.append(matrix)
         matrix = matrix.args[0]
-    if len(shape(matrix)) != 2 or not same_shape((1, *shape(matrix)), shape(b)):
+    if len(shape(matrix)) != 2:
         return None
+    turned, now = False, shape(matrix)
+    for step in reversed(way):  # views keep the order of elements; a permutation of two long axes turns the matrix
+        if step.target is aten.permute.default:
+            x, order = args(step)
+            long = [d for d in order if not known(shape(x)[d] == 1)]
+            if len(long) != 2 or not same_shape([shape(x)[d] for d in sorted(long)], now):
+                return None
+            if long[0] > long[1]:
+                turned, now = not turned, now[::-1]
+    if not same_shape((1, *now), shape(b)):
+        return None
+    matrix = w.make(node, aten.permute.default, matrix, [1, 0]) if turned else matrix
     rows = w.make(node, aten.view.default, a, list(shape(a)[1:]))
     return w.make(node, aten.unsqueeze.default, w.make(node, aten.mm.default, rows, matrix), 0)
