@@ -7,37 +7,14 @@ from typing import Any
 
 import torch
 
+from dsv4_compile.autotune import captured, seconds
+
 BEYOND_L2 = 200 << 20  # bytes of inputs that a graph goes through
 MOST = 200  # copies of the inputs
 ROUNDS = 5
 
 Arm = Callable[..., Any]
 Inputs = tuple[Any, ...]
-
-
-def captured(f: Arm, inputs: Sequence[Inputs]) -> torch.cuda.CUDAGraph:
-    """A graph of one call on each of the inputs."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for args in inputs[:2]:
-            f(*args)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for args in inputs:
-            f(*args)
-    return graph
-
-
-def seconds(graph: torch.cuda.CUDAGraph) -> float:
-    """Of one replay."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
 
 
 def microseconds(arms: dict[str, Arm], inputs: Sequence[Inputs], rounds: int = ROUNDS) -> dict[str, float]:

@@ -116,8 +116,8 @@ def winner(trials: Sequence[Trial]) -> tuple[int, float]:
 # On a GPU
 
 
-def replays(call: Call, inputs: Sequence[tuple[Any, ...]], rounds: int) -> list[float]:
-    """Seconds of a call in `rounds` replays of a graph of one call on each of the inputs."""
+def captured(call: Call, inputs: Sequence[tuple[Any, ...]]) -> torch.cuda.CUDAGraph:
+    """A graph of one call on each of the inputs."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -128,15 +128,23 @@ def replays(call: Call, inputs: Sequence[tuple[Any, ...]], rounds: int) -> list[
     with torch.cuda.graph(graph):
         for given in inputs:
             call(*given)
-    times = []
-    for _ in range(rounds + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / len(inputs))
-    return times[1:]
+    return graph
+
+
+def seconds(graph: torch.cuda.CUDAGraph) -> float:
+    """Of one replay."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def replays(call: Call, inputs: Sequence[tuple[Any, ...]], rounds: int) -> list[float]:
+    """Seconds of a call in `rounds` replays of a graph of one call on each of the inputs."""
+    graph = captured(call, inputs)
+    return [seconds(graph) / len(inputs) for _ in range(rounds + 1)][1:]
 
 
 def tune(op: Op, implementation: Implementation, arguments: Mapping[str, Any], timer: Timer = replays) -> list[Outcome]:
