@@ -1,6 +1,7 @@
 """What a warp does at once and CuTeDSL has no short word for: products of small matrices, their operands from shared
 memory, copies into it, and reads of another block's. Addresses of shared memory are 32-bit integers."""
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass._mlir import ir
@@ -78,3 +79,23 @@ def load_words(address, local: bool):
         write_only_types=[Float32] * 4,
         read_only_args=[address],
     )
+
+
+def store_word(address, value):
+    """Into the shared memory of the block that `of_block` gave the address in."""
+    cute.arch.inline_ptx("st.shared::cluster.f32 [{$r0}], {$r1};", read_only_args=[address, value])
+
+
+@cute.jit
+def sum_each(sums):
+    """32 sums over the lanes of a warp at once, always in the same order: lane m gets that of sums[m]; `sums` is used up."""
+    lane = cute.arch.lane_idx()
+    for step in cutlass.range_constexpr(5):
+        half = 16 >> step
+        upper = lane & half
+        for i in cutlass.range_constexpr(half):
+            keep, give = sums[i], sums[i + half]
+            if upper != 0:
+                keep, give = give, keep
+            sums[i] = keep + cute.arch.shuffle_sync_bfly(give, half)
+    return sums[0]

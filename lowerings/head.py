@@ -4,6 +4,7 @@ import math
 
 from dsv4_compile.lowerings.linear import linear, linear_wide, sizes_of
 from dsv4_compile.lowerings.mhc import mhc_head
+from dsv4_compile.lowerings.mhc_boundary import fits_the_kernel, in_one_launch
 from dsv4_compile.lowerings.norm import rms_norm
 from dsv4_compile.op import Cost, Tensor, op
 
@@ -49,6 +50,12 @@ def _(N, n, D, V, bits):
 def _(a):
     *lead, n, D = a.X.shape
     return dict(N=math.prod(lead), n=n, D=D, V=a.vocabulary.shape[0], bits=8 * a.vocabulary.dtype.itemsize)
+
+
+@head.on("cuda", arch="sm_90+", when=fits_the_kernel)
+def _(X, fn, base, scale, weight, vocabulary, eps, rms_eps, norm_eps, exact):
+    h = in_one_launch(X, fn, base, scale, weight, 0, eps, rms_eps, norm_eps)[1]
+    return rows(h, vocabulary, None, exact)
 
 
 @op("dsv4::mtp_join")

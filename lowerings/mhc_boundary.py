@@ -2,9 +2,18 @@
 
 import math
 
-from dsv4_compile.lowerings.mhc import mhc_post, mhc_pre
+import torch
+
+from dsv4_compile import tuning
+from dsv4_compile.lowerings.mhc import DTYPES, fits_post, mhc_post, mhc_pre
 from dsv4_compile.lowerings.norm import rms_norm
-from dsv4_compile.op import Cost, Tensor, op
+from dsv4_compile.op import Cost, Tensor, known, op
+
+WIDEST = 16 * 480 * 4  # numbers in all streams of a token: blocks of a cluster, their threads, the vector of each
+FEW, SOME = (
+    16,
+    64,
+)  # tokens that one launch serves sooner than the parts do; where results must not depend on their number
 
 # Nobody runs these on the CPU: their parts are asked instead, of which `mhc_pre` has C++ and Inductor compiles the others
 # into the loops around them. What they save is traffic: the new streams are read once, while they are still at hand.
@@ -76,3 +85,54 @@ def _(N, n, D, iters):
 def _(a):
     *lead, n, D = a.X.shape
     return dict(N=math.prod(lead), n=n, D=D)
+
+
+# On a GPU: few tokens in one launch. The parts read all streams once more, but by as many processors as there are.
+
+
+def fits_the_kernel(a) -> bool | str:
+    """What kernels/mhc_boundary.py is written for."""
+    n, D = a.X.shape[-2:]
+    weight = getattr(a, "weight", None)
+    if (fits := fits_post(a)) is not True:
+        return fits
+    if n > 4 or n * D > WIDEST or (weight is not None and weight.dtype not in DTYPES):
+        return f"{n} streams of {D}: a cluster holds at most 4, and {WIDEST} numbers in all"
+    tokens = math.prod(a.X.shape[:-2])
+    most = SOME if tuning.SETTINGS.batch_invariant else FEW
+    return known(tokens <= most) or f"{tokens} tokens: beyond {most} its parts are faster"
+
+
+def in_one_launch(X, fn, base, scale, weight, iters, eps, rms_eps, norm_eps, before=None):
+    """`mhc_boundary`; without y, post and comb of a block `before`, `mhc_enter`; without a weight too, `mhc_pre`, and with
+    iters 0 `mhc_head`. What is not made is None."""
+    from dsv4_compile.kernels.mhc_boundary import Shape, launch
+
+    *lead, n, D = X.shape
+    flat = X.reshape(-1, n * D).contiguous()
+    taken = (None, None, None)
+    if before is not None:
+        y, post, comb = before
+        taken = tuple(t.contiguous() for t in (y.reshape(-1, D), post.reshape(-1, n), comb.reshape(-1, n, n)))
+    streams = None if before is None else torch.empty_like(flat)
+    x = X.new_empty(len(flat), D)
+    post, comb = (X.new_empty(len(flat), *s, dtype=torch.float32) if iters else None for s in ((n,), (n, n)))
+    if len(flat):
+        shape = Shape(
+            n, D, DTYPES[X.dtype], iters, before is not None, "none" if weight is None else DTYPES[weight.dtype]
+        )
+        weights = (None if t is None else t.contiguous() for t in (fn, base, scale, weight))
+        launch(shape, flat, *taken, *weights, eps, rms_eps, norm_eps, streams, x, post, comb)
+    shapes = ((n, D), (D,), (n,), (n, n))
+    made = zip((streams, x, post, comb), shapes, strict=True)
+    return tuple(None if t is None else t.view(*lead, *s) for t, s in made)
+
+
+@mhc_boundary.on("cuda", arch="sm_90+", when=fits_the_kernel)
+def _(X, y, post, comb, fn, base, scale, weight, iters, eps, rms_eps, norm_eps):
+    return in_one_launch(X, fn, base, scale, weight, iters, eps, rms_eps, norm_eps, (y, post, comb))
+
+
+@mhc_enter.on("cuda", arch="sm_90+", when=fits_the_kernel)
+def _(X, fn, base, scale, weight, iters, eps, rms_eps, norm_eps):
+    return in_one_launch(X, fn, base, scale, weight, iters, eps, rms_eps, norm_eps)[1:]

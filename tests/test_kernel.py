@@ -12,7 +12,7 @@ if find_spec("cutlass") is None:
 from dsv4_compile import kernel as base
 from dsv4_compile.cache.store import Store
 from dsv4_compile.errors import DSV4Warning, JitAfterWarmUp
-from dsv4_compile.kernels import attention, attention_exact, mhc, norm, router
+from dsv4_compile.kernels import attention, attention_exact, mhc, mhc_boundary, norm, router
 
 SHAPE = router.Shape(24, 4)
 
@@ -82,6 +82,7 @@ NANO_AND_FLASH = [
     (mhc.PRE, mhc.Shape(4, 4096, "bf16", 20)),
     (mhc.PRE, mhc.Shape(4, 4096, "bf16", 0)),
     (mhc.POST, mhc.Shape(4, 4096, "bf16", 20)),
+    (mhc_boundary.BOUNDARY, mhc_boundary.Shape(4, 4096, "bf16", 20, True, "bf16")),
     (attention.KERNEL, attention.Shape(64, 6, True, False, 16)),
     (attention_exact.KERNEL, attention_exact.Shape(48, 6, True, False, 16, "fp32")),
     (norm.KERNEL, norm.Shape(512, "bf16", "none")),
@@ -109,6 +110,7 @@ def every_configuration():
         (attention.KERNEL, attention.Shape(512, 128, True, False, 64)),
         *((norm.KERNEL, norm.Shape(512, "bf16", weight, rope)) for weight in ("none", "fp32") for rope in (0, 64)),
         *((norm.KERNEL, norm.Shape(D, "bf16", "fp32")) for D in (1024, 1536, 4096, 7168)),
+        *((mhc_boundary.BOUNDARY, mhc_boundary.Shape(4, D, "bf16", 20, True, "bf16")) for D in (4096, 7168)),
     ]
     for kernel, shape in flash:
         for config in kernel.configs(shape):

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dsv4_compile.lowerings.mhc import mhc_post, mhc_pre
-from dsv4_compile.lowerings.mhc_boundary import mhc_boundary, mhc_enter
+from dsv4_compile.lowerings.mhc import mhc_head, mhc_post, mhc_pre
+from dsv4_compile.lowerings.mhc_boundary import in_one_launch, mhc_boundary, mhc_enter
 from dsv4_compile.lowerings.norm import rms_norm
 from dsv4_compile.reference_model import DSV4Config
 from dsv4_compile.reference_model.layers import RMSNorm
@@ -187,3 +187,46 @@ def test_another_norm_is_no_boundary(rewritten):
 def test_without_mhc_there_are_no_boundaries_and_none_are_missed(rewritten):
     _, report = rewritten(Blocks(torch.float32), drawn(1, 1, torch.float32), disable="fuse.mhc")
     assert "fuse.mhc_boundary" in report.off and report.counts["mhc_boundary"] == 0
+
+
+# -- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("n", "D"), [(4, 192), (4, 4096), (4, 7168), (3, 40), (2, 4), (1, 1028), (4, 36)])
+@pytest.mark.parametrize("lead", [(0, 3), (1, 1), (3,), (2, 8)], ids=str)
+def test_the_kernel_is_the_meaning(lead, n, D, dtype, kernel_parity):
+    tolerance = dict(rtol=1e-2, atol=3e-2) if dtype == torch.bfloat16 else dict(rtol=1e-4, atol=1e-4)
+    (tensors, numbers, _), (others, _, _) = case(lead, n, D, dtype), case(lead, n, D, dtype)
+    kernel_parity(mhc_boundary, *tensors, *numbers, others=(*others, *numbers), **tolerance)
+    enter, instead = (t[:1] + t[4:] for t in (tensors, others))
+    kernel_parity(mhc_enter, *enter, *numbers, others=(*instead, *numbers), **tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("lead", [(1,), (5,), (16,)], ids=str)
+def test_every_configuration_and_a_last_collapse(lead, monkeypatch, poisoned):
+    """Clusters of each size, which may serve several tokens in turn, and the form without coefficients."""
+    from dsv4_compile.kernels.mhc_boundary import BOUNDARY, configs
+
+    n, D = 4, 192
+    tensors, numbers, want = case(lead, n, D, torch.float32)
+    head = (torch.randn(n, n * D), torch.randn(n), torch.randn(1), tensors[-1])
+    collapsed = mhc_head.meaning(*(t.double() for t in (tensors[0], *head[:3])), 1e-3, 1e-2)
+    normed = rms_norm.meaning(collapsed, head[3].double(), NORM_EPS)
+    for config in configs(shape_of(n, D)):
+        monkeypatch.setattr(BOUNDARY, "choice", lambda shape, work=(), config=config: config)
+        got = mhc_boundary(*(t.cuda() for t in tensors), *numbers)
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g.cpu().double(), w, rtol=1e-4, atol=1e-4)
+        _, x, post, comb = in_one_launch(*(t.cuda() for t in (tensors[0], *head)), 0, 1e-3, 1e-2, NORM_EPS)
+        assert post is None and comb is None
+        torch.testing.assert_close(x.cpu().double(), normed, rtol=1e-4, atol=1e-4)
+
+
+def shape_of(n, D):
+    from dsv4_compile.kernels.mhc_boundary import Shape
+
+    return Shape(n, D, "fp32", CONFIG.hc_sinkhorn_iters, True, "fp32")

@@ -1,0 +1,324 @@
+"""mHC between two blocks at decode, in one launch: streams take up a block's output, are mixed, collapsed and normed.
+
+A cluster of blocks has a token. Each block has some columns of all streams and the columns of the mixture's weights that
+belong to them, in registers, so that it can serve the next token as well. Sums that all columns share (the mixture and two
+sums of squares) are written into the shared memory of every block of the cluster and added up there, always in the same
+order. A warp of its own runs Sinkhorn's iterations while the others norm.
+"""
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float32, const_expr
+
+from dsv4_compile.kernel import Kernel, fake, stream
+from dsv4_compile.kernels import warps as of_warp
+
+VECTOR = 4  # numbers of one load: 128 bits of fp32
+BLOCKS = 128  # at most; a cluster serves several tokens where there are more
+HELD = 12  # rows of fn that stay in registers where a block has more threads than these two numbers allow all of them
+MANY, WIDEST = 256, 480  # threads that hold columns
+DTYPES = {"bf16": BFloat16, "fp32": Float32}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """n streams of D numbers of `dtype`, at most 4, D a multiple of 4. iters 0: the last collapse, which makes no post and
+    comb. taken: whether streams take up a block's output first. weight: dtype of the norm behind, or "none"."""
+
+    n: int
+    D: int
+    dtype: str
+    iters: int
+    taken: bool
+    weight: str
+
+    @property
+    def rows(self) -> int:
+        """Of the mixture."""
+        return (2 + self.n) * self.n if self.iters else self.n
+
+
+@dataclass(frozen=True)
+class Config:
+    """splits: blocks of a cluster."""
+
+    splits: int
+
+    def groups(self, shape: Shape) -> int:
+        """Vectors of a stream that a block has."""
+        return -(-shape.D // (VECTOR * self.splits))
+
+    def threads(self, shape: Shape) -> int:
+        """That hold columns: one vector of one stream each."""
+        return -(-shape.n * self.groups(shape) // 32) * 32
+
+
+class Boundary:
+    def __init__(self, shape: Shape, config: Config):
+        self.n, self.D, self.rows, self.iters, self.taken = shape.n, shape.D, shape.rows, shape.iters, shape.taken
+        self.dtype, self.weight = DTYPES[shape.dtype], DTYPES.get(shape.weight)
+        self.splits, self.groups, self.threads = config.splits, config.groups(shape), config.threads(shape)
+        self.warps = self.threads // 32
+        self.held = self.rows if self.threads <= MANY else min(self.rows, HELD)
+        self.columns = VECTOR * self.groups  # of a block
+        self.loops = -(-self.columns // self.threads)
+
+    @cute.jit
+    def __call__(
+        self, X, y, post, comb, fn, base, scale, weight, eps, rms_eps, norm_eps, streams, x, new_post, new_comb, stream
+    ):
+        clusters = cutlass.min(X.shape[0], BLOCKS // self.splits)
+        self.kernel(
+            X, y, post, comb, fn, base, scale, weight, eps, rms_eps, norm_eps, streams, x, new_post, new_comb
+        ).launch(
+            grid=[self.splits, clusters, 1],
+            block=[self.threads + 32, 1, 1],
+            cluster=[self.splits, 1, 1],
+            stream=stream,
+        )
+
+    @cute.kernel
+    def kernel(self, X, y, post, comb, fn, base, scale, weight, eps, rms_eps, norm_eps, streams, x, new_post, new_comb):
+        thread, _, _ = cute.arch.thread_idx()
+        rank, cluster, _ = cute.arch.block_idx()
+        _, clusters, _ = cute.arch.grid_dim()
+        cute.arch.cluster_arrive()  # waited for before the first write into another block
+        n, G, rows = self.n, self.groups, self.rows
+        warp, lane = thread // 32, thread % 32
+        memory = cutlass.memory.SmemAllocator()
+        of_warps = memory.allocate_tensor(Float32, cute.make_layout((self.warps, 32), stride=(32, 1)), 16)
+        mixes = memory.allocate_tensor(Float32, cute.make_layout((self.splits, 32), stride=(32, 1)), 16)
+        squares = memory.allocate_tensor(Float32, cute.make_layout((self.splits * self.warps,)), 16)
+        kept = memory.allocate_tensor(self.dtype, cute.make_layout((n, self.columns), stride=(self.columns, 1)), 16)
+
+        # this thread's vector: the `own`th of stream k
+        k, g = thread // G, thread % G
+        own = rank * G + g
+        holds = k < n and own < self.D // VECTOR
+        F = cute.make_rmem_tensor((VECTOR, self.held), Float32)
+        F.fill(0.0)
+        if holds:
+            for m in cutlass.range_constexpr(self.held):
+                self.row(fn, m, k, own, F[None, m])
+        weights = cute.make_rmem_tensor((self.loops,), Float32)
+        weights.fill(0.0)
+        if const_expr(self.weight is not None):
+            for i in cutlass.range_constexpr(self.loops):
+                c = i * self.threads + thread
+                if c < self.columns and rank * self.columns + c < self.D:
+                    weights[i] = weight[rank * self.columns + c].to(Float32)
+        bases = Float32(0.0)
+        scales = Float32(0.0)
+        if lane < rows:
+            bases = base[lane]
+            scales = scale[cutlass.min(lane // n, 2) if const_expr(self.iters > 0) else 0]
+        cute.arch.cluster_wait()
+
+        for token in cutlass.range(cluster, X.shape[0], clusters, unroll=1):
+            f = self.take_up(X, y, post, comb, streams, kept, token, k, g, own, holds)
+            self.share(self.mixed(f, F, fn, k, own, holds), of_warps, mixes, rank, thread, warp, lane)
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+
+            total = Float32(0.0)  # lane m: of row m, and behind the last the sum of squares
+            for b in cutlass.range_constexpr(self.splits):
+                total += mixes[b, lane]
+            r = cute.math.rsqrt(cute.arch.shuffle_sync(total, rows) / Float32(n * self.D) + rms_eps)
+            mix = total * r * scales + bases
+            pre = cute.make_rmem_tensor((n,), Float32)
+            for j in cutlass.range_constexpr(n):
+                pre[j] = sigmoid(cute.arch.shuffle_sync(mix, j)) + eps
+            columns = cute.make_rmem_tensor((self.loops,), Float32)
+            square = Float32(0.0)
+            for i in cutlass.range_constexpr(self.loops):
+                columns[i] = Float32(0.0)
+                if thread < self.threads and i * self.threads + thread < self.columns:
+                    collapsed = Float32(0.0)
+                    for j in cutlass.range_constexpr(n):
+                        collapsed += pre[j] * kept[j, i * self.threads + thread].to(Float32)
+                    columns[i] = collapsed.to(self.dtype).to(Float32)
+                square += columns[i] * columns[i]
+            norm = Float32(1.0)
+            if const_expr(self.weight is not None):
+                square = cute.arch.warp_reduction(square, operator.add)
+                if warp < self.warps and lane < self.splits:
+                    to = of_warp.of_block(squares.iterator.toint(), lane)
+                    of_warp.store_word(to + 4 * (rank * self.warps + warp), square)
+                cute.arch.cluster_arrive()
+            if const_expr(self.iters > 0):
+                if warp == self.warps and rank == 0:
+                    self.coefficients(mix, eps, new_post, new_comb, token, lane)
+            if const_expr(self.weight is not None):
+                cute.arch.cluster_wait()
+                square = Float32(0.0)
+                for i in cutlass.range_constexpr(-(-self.splits * self.warps // 32)):
+                    if i * 32 + lane < self.splits * self.warps:
+                        square += squares[i * 32 + lane]
+                square = cute.arch.warp_reduction(square, operator.add)
+                norm = cute.math.rsqrt(square / Float32(self.D) + norm_eps)
+            for i in cutlass.range_constexpr(self.loops):
+                place = i * self.threads + thread
+                if thread < self.threads and place < self.columns and rank * self.columns + place < self.D:
+                    out = columns[i]
+                    if const_expr(self.weight is not None):
+                        out = out * norm * weights[i]
+                    x[token, rank * self.columns + place] = out.to(self.dtype)
+            if const_expr(self.weight is None):  # `kept` is read to its end before the next token's is written
+                cute.arch.barrier()
+
+    @cute.jit
+    def take_up(self, X, y, post, comb, streams, kept, token, k, g, own, holds):
+        """This thread's numbers of the new streams, rounded as they are stored."""
+        n, vectors = self.n, self.D // VECTOR
+        f = cute.make_rmem_tensor((VECTOR,), Float32)
+        f.fill(0.0)
+        if holds:
+            rounded = cute.make_rmem_tensor((VECTOR,), self.dtype)
+            old = cute.zipped_divide(X[token, None], (VECTOR,))
+            if const_expr(self.taken):
+                parts = cute.make_rmem_tensor((VECTOR, n + 1), self.dtype)
+                for j in cutlass.range_constexpr(n):
+                    cute.autovec_copy(old[None, j * vectors + own], parts[None, j])
+                cute.autovec_copy(cute.zipped_divide(y[token, None], (VECTOR,))[None, own], parts[None, n])
+                new = parts[None, n].load().to(Float32) * post[token, k]
+                for j in cutlass.range_constexpr(n):
+                    new = new + parts[None, j].load().to(Float32) * comb[token, j, k]
+                rounded.store(new.to(self.dtype))
+                cute.autovec_copy(rounded, cute.zipped_divide(streams[token, None], (VECTOR,))[None, k * vectors + own])
+            else:
+                cute.autovec_copy(old[None, k * vectors + own], rounded)
+            cute.autovec_copy(rounded, cute.zipped_divide(kept[k, None], (VECTOR,))[None, g])
+            f.store(rounded.load().to(Float32))
+        return f
+
+    @cute.jit
+    def row(self, fn, m, k, own, to):
+        of_row = cute.zipped_divide(fn[m, None], (VECTOR,))
+        cute.autovec_copy(of_row[None, k * (self.D // VECTOR) + own], to)
+
+    @cute.jit
+    def mixed(self, f, F, fn, k, own, holds):
+        """Lane m: the warp's sum of row m of the mixture, behind the last row that of squares."""
+        sums = cute.make_rmem_tensor((32,), Float32)
+        sums.fill(0.0)
+        numbers = f.load()
+        for m in cutlass.range_constexpr(self.rows):
+            if const_expr(m < self.held):
+                sums[m] = (numbers * F[None, m].load()).reduce(cute.ReductionOp.ADD, init_val=0.0, reduction_profile=0)
+            else:
+                if holds:
+                    of_row = cute.make_rmem_tensor((VECTOR,), Float32)
+                    self.row(fn, m, k, own, of_row)
+                    sums[m] = (numbers * of_row.load()).reduce(cute.ReductionOp.ADD, init_val=0.0, reduction_profile=0)
+        sums[self.rows] = (numbers * numbers).reduce(cute.ReductionOp.ADD, init_val=0.0, reduction_profile=0)
+        return of_warp.sum_each(sums)
+
+    @cute.jit
+    def share(self, total, of_warps, mixes, rank, thread, warp, lane):
+        """Add up the warps' sums and write them into every block."""
+        if warp < self.warps:
+            of_warps[warp, lane] = total
+        cute.arch.barrier()
+        for i in cutlass.range_constexpr(-(-self.splits // (self.warps + 1))):
+            block = i * (self.warps + 1) + warp
+            if block < self.splits and lane <= self.rows:
+                total = Float32(0.0)
+                for w in cutlass.range_constexpr(self.warps):
+                    total += of_warps[w, lane]
+                to = of_warp.of_block(mixes.iterator.toint(), block)
+                of_warp.store_word(to + 4 * (rank * 32 + lane), total)
+
+    @cute.jit
+    def coefficients(self, mix, eps, post, comb, token, lane):
+        """post and comb from the mixture. Sinkhorn scales rows and columns: comb[i, j] = u[i] K[i, j] v[j] all along, and
+        c / (sum of c + eps) over a row is u[i] / (u[i] (K v)[i] + eps)."""
+        n = self.n
+        if lane >= n and lane < 2 * n:
+            post[token, lane - n] = Float32(2.0) * sigmoid(mix)
+        K = cute.make_rmem_tensor((n, n), Float32)
+        for i in cutlass.range_constexpr(n):
+            for j in cutlass.range_constexpr(n):
+                K[i, j] = cute.arch.shuffle_sync(mix, 2 * n + i * n + j)
+        u = cute.make_rmem_tensor((n,), Float32)
+        v = cute.make_rmem_tensor((n,), Float32)
+        for i in cutlass.range_constexpr(n):
+            top = K[i, 0]
+            for j in cutlass.range_constexpr(1, n):
+                top = cute.arch.fmax(top, K[i, j])
+            total = Float32(0.0)
+            for j in cutlass.range_constexpr(n):
+                K[i, j] = cute.math.exp(K[i, j] - top)
+                total += K[i, j]
+            for j in cutlass.range_constexpr(n):
+                K[i, j] = K[i, j] / total + eps
+            u[i] = Float32(1.0)
+            v[i] = Float32(1.0)
+        self.scale_columns(K, u, v, eps)
+        for _ in cutlass.range(self.iters - 1, unroll=1):
+            for i in cutlass.range_constexpr(n):
+                total = K[i, 0] * v[0]
+                for j in cutlass.range_constexpr(1, n):
+                    total += K[i, j] * v[j]
+                u[i] = u[i] / (u[i] * total + eps)
+            self.scale_columns(K, u, v, eps)
+        if lane == 0:
+            for i in cutlass.range_constexpr(n):
+                for j in cutlass.range_constexpr(n):
+                    comb[token, i, j] = u[i] * K[i, j] * v[j]
+
+    @cute.jit
+    def scale_columns(self, K, u, v, eps):
+        for j in cutlass.range_constexpr(self.n):
+            total = K[0, j] * u[0]
+            for i in cutlass.range_constexpr(1, self.n):
+                total += K[i, j] * u[i]
+            v[j] = v[j] / (v[j] * total + eps)
+
+
+def sigmoid(x: Float32) -> Float32:
+    return Float32(1.0) / (Float32(1.0) + cute.math.exp(-x))
+
+
+def program(shape: Shape, config: Config):
+    """X [N, n D], y [N, D], post [N, n] fp32, comb [N, n, n] fp32 (where nothing is taken up: three times None),
+    fn [rows, n D] fp32, base [rows] fp32, scale [3 or 1] fp32, weight [D] or None, eps, rms_eps, norm_eps ->
+    streams [N, n D] (None), x [N, D], new_post [N, n] fp32, new_comb [N, n, n] fp32 (last collapse: None, None)."""
+    N, n, D, dtype = cute.sym_int(), shape.n, shape.D, DTYPES[shape.dtype]
+    align = VECTOR * dtype.width // 8
+    wide = lambda: fake(dtype, N, n * D, align=align)  # noqa: E731
+    narrow = lambda: fake(dtype, N, D, align=align)  # noqa: E731
+    coefficients = lambda: (fake(Float32, N, n, align=4), fake(Float32, N, n, n, align=4))  # noqa: E731
+    arguments = (
+        wide(),
+        *((narrow(), *coefficients()) if shape.taken else (None, None, None)),
+        fake(Float32, shape.rows, n * D),
+        fake(Float32, shape.rows, align=4),
+        fake(Float32, 3 if shape.iters else 1, align=4),
+        None if shape.weight == "none" else fake(DTYPES[shape.weight], D, align=4),
+        Float32(0.0),
+        Float32(0.0),
+        Float32(0.0),
+        wide() if shape.taken else None,
+        narrow(),
+        *(coefficients() if shape.iters else (None, None)),
+        stream(),
+    )
+    return Boundary(shape, config), arguments
+
+
+def configs(shape: Shape) -> Iterator[Config]:
+    """Some 256 threads a block first: they hold their part of fn in registers, and 16 processors read."""
+    valid = [c for c in map(Config, (1, 2, 4, 8, 16)) if c.threads(shape) <= WIDEST]
+    yield from sorted(valid, key=lambda c: (abs(c.threads(shape) - 256), c.splits))
+
+
+BOUNDARY = Kernel("mhc_boundary", __file__, program, configs)
+
+
+def launch(shape: Shape, *arguments) -> None:
+    """See `program`."""
+    BOUNDARY.launcher(shape)(*arguments)
