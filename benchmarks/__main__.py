@@ -1,159 +1,269 @@
-"""Every op that has a GPU kernel, against eager PyTorch and Inductor, at the sizes of DeepSeek-V4.
+"""Every op at the sizes of DeepSeek-V4: eager PyTorch, Inductor, our kernels, and other libraries' where there are any.
 
-    python -m benchmarks [--model flash pro] [--tokens 1 2 4 8 16 32 64] [--ops GLOB ...] [--arms eager inductor ours]
-                         [--json FILE]
+    python -m benchmarks [--model flash pro] [--tokens 1 8 64] [--prefill 512 4096] [--ops GLOB ...] [--arms NAME ...]
+                         [--budget SECONDS] [--json FILE] [--picture FILE]
+    dsv4 bench ...
 
-Every arm runs inside a CUDA graph that holds many calls, each on its own copy of the inputs; random inputs; arms take
-turns. `least` is the time that the op's cost and the ceilings of this machine, measured first, allow. Errors are against
-the op's meaning in fp64: norm of the difference over norm of the result.
+Each request has one token (decode), or there is one request of many (prefill). Every arm is a CUDA graph of many calls, each
+on its own copy of the same inputs, which come from memory; arms take turns. An op that nobody implements as a whole, but in
+parts, is compiled with dsv4 for "ours"; one of which no part has a kernel has no such arm. In brackets: what a call launches.
+`least` is the time that the op's cost and the ceilings of this machine, measured first, allow; `share` is that over ours.
+Errors are against the op's meaning in fp64: norm of the difference over norm of the result; of integers, the share of a row's
+that another has not. Without a GPU the same runs at nano's sizes on the CPU.
 """
 
 import argparse
 import fnmatch
 import json
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.cases import Case, Cases, Inputs, bf16
 from benchmarks.ops import plain
-from benchmarks.timing import Ceilings, ceilings, microseconds, rotated
-from dsv4_compile.lowerings.attention import attention
-from dsv4_compile.lowerings.mhc import mhc_head, mhc_post, mhc_pre
-from dsv4_compile.lowerings.norm import rms_norm, unit_norm
-from dsv4_compile.lowerings.rope import norm_rope
-from dsv4_compile.lowerings.router import router
+from benchmarks.timing import Ceilings, ceilings, launches, microseconds, on_gpu, rotated
 from dsv4_compile.op import Op
 from dsv4_compile.reference_model import DSV4Config
 
-ARMS = ("eager", "inductor", "ours")
-POOL = 1 << 16  # compressed entries that lists choose from
-CONTEXT = 32768  # tokens behind a list of all HCA entries
-EPS = 1e-6
-bf16 = torch.bfloat16
+Call = Callable[..., Any]
+ARMS = ("eager", "inductor", "ours", "torch")
+CONFIGS: dict[str, Callable[[], DSV4Config]] = {
+    "flash": DSV4Config.flash,
+    "pro": DSV4Config.pro,
+    "nano": DSV4Config.nano,
+}
+NOISE = 1.02  # times of two arms that are nearer than this are equal
+LARGEST = 8 << 30  # bytes of inputs; `--prepare` leaves larger ones out
 
 
-def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda").to(dtype)
+# Arms
 
 
-def cases(c: DSV4Config, N: int) -> Iterator[tuple[str, Op, tuple[Any, ...]]]:
-    """Inputs of each op for N tokens, one of each of N requests."""
-    D, n, h, d, dr = c.hidden_size, c.hc_mult, c.num_attention_heads, c.head_dim, c.qk_rope_head_dim
-    rows, X = (2 + n) * n, draw(N, n, D, dtype=bf16)
-    angle = draw(N, 1, 1, dr // 2)
-    tables = angle.cos(), angle.sin()
-    yield "norm", rms_norm, (draw(N, D, dtype=bf16), draw(D), EPS)
-    yield "norm of queries' rank", rms_norm, (draw(N, c.q_lora_rank, dtype=bf16), draw(c.q_lora_rank), EPS)
-    yield "norm of heads", unit_norm, (draw(N, 1, h, d, dtype=bf16), EPS)
-    yield "norm and RoPE of queries", norm_rope, (draw(N, 1, h, d, dtype=bf16), None, EPS, *tables)
-    kv = tuple(t.squeeze(2) for t in tables)
-    yield "norm and RoPE of keys", norm_rope, (draw(N, 1, d, dtype=bf16), draw(d), EPS, *kv)
-    yield "router", router, (draw(N, c.n_routed_experts), draw(c.n_routed_experts), c.num_experts_per_tok, 1.5, 1e-20)
-    yield "mHC before a block", mhc_pre, (X, draw(rows, n * D) * D**-0.5, draw(rows), draw(3), 20, EPS, EPS)
-    yield "mHC head", mhc_head, (X, draw(n, n * D) * D**-0.5, draw(n), draw(1), EPS, EPS)
-    yield "mHC behind a block", mhc_post, (X, draw(N, D, dtype=bf16), draw(N, n), draw(N, n, n))
-    q, ring, sink = draw(N, 1, h, d, dtype=bf16), draw(N, c.sliding_window, d, dtype=bf16), draw(h)
-    window = torch.arange(c.sliding_window, device="cuda").expand(N, 1, -1).contiguous()
-    near = (q, ring, window, sink)
-    yield "attention, window", attention, (*near, None, None, d**-0.5, False)
-    entries = draw(N, max(1024, POOL // N), d, dtype=bf16)
-    chosen = torch.randint(0, entries.shape[1], (N, 1, c.index_topk), device="cuda")
-    yield f"attention, window + {c.index_topk}", attention, (*near, entries, chosen, d**-0.5, False)
-    all_ = CONTEXT // 128
-    everything = torch.arange(all_, device="cuda").expand(N, 1, -1).contiguous()
-    yield f"attention, window + all {all_}", attention, (*near, entries, everything, d**-0.5, False)
-
-
-def errors(arms: dict[str, Any], op: Op, args: tuple[Any, ...]) -> dict[str, float]:
-    """By arm: the largest error among the outputs that are numbers."""
-    wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
-    want = results(op.meaning(*wide))
-    found = {}
-    for name, run in arms.items():
-        pairs = [(g, w) for g, w in zip(results(run(*args)), want, strict=True) if g.is_floating_point()]
-        found[name] = max(((g.double() - w).norm() / w.norm()).item() for g, w in pairs)
+def arms_of(case: Case, args: Inputs, names: list[str]) -> dict[str, Call]:
+    """Those of the asked ones that there are for this call."""
+    found: dict[str, Call] = {}
+    for name in names:
+        call = peer(case.op, args) if name == "torch" else arm(name, case.op, args)
+        if call is not None:
+            found[name] = call
     return found
+
+
+def arm(name: str, op: Op, args: Inputs) -> Call | None:
+    if name == "inductor":
+        return compiled(op, {"lowerings": "none"})
+    if name == "eager":
+
+        def eager(*given: Any) -> Any:
+            with plain():
+                return op.meaning(*given)
+
+        return eager
+    if op.claim(op.arguments(*args))[0] is not None:
+        return op.target
+    return compiled(op, {}) if parts_run(op, args) else None
+
+
+def compiled(op: Op, options: dict[str, Any]) -> Call:
+    return torch.compile(lambda *given: op.target(*given), backend="dsv4", options=options, dynamic=False)
+
+
+def parts_run(op: Op, args: Inputs) -> bool:
+    """Whether kernels of ours run somewhere inside the meaning of an op that has none."""
+    if not on_gpu():
+        return False
+    from dsv4_compile.kernel import trying
+
+    with trying() as trial:
+        op.target(*args)
+    return bool(trial.seen)
+
+
+def peer(op: Op, args: Inputs) -> Call | None:
+    """PyTorch's own op for the same, if it has one: products of plain matrices, norms."""
+    if op.name == "rms_norm":
+        return lambda x, weight, eps: F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    if op.name == "unit_norm":
+        return lambda x, eps: F.rms_norm(x, x.shape[-1:], None, eps)
+    if op.name in ("linear", "grouped_linear") and args[2] is None:
+        grouped = lambda x, w: torch.bmm(x, w.unflatten(0, (x.shape[0], -1)).mT)  # noqa: E731
+        multiply = F.linear if op.name == "linear" else grouped
+        return lambda x, w, *_: multiply(x, w)
+    return None
+
+
+# Errors
+
+
+def errors(case: Case, arms: dict[str, Call], args: Inputs) -> dict[str, float]:
+    """By arm: the largest error among the outputs, on all rows or the first ones."""
+    small, rows = case.sample(args) if case.sample is not None else (args, None)
+    wide = [a.double() if isinstance(a, torch.Tensor) and a.dtype in (bf16, torch.float32) else a for a in small]
+    want, found = results(case.op.meaning(*wide)), {}
+    for name, run in arms.items():
+        got = [g if rows is None else g[:rows] for g in results(run(*args))]
+        found[name] = max(wrong(g, w) for g, w in zip(got, want, strict=True))
+    return found
+
+
+def wrong(got: torch.Tensor, want: torch.Tensor) -> float:
+    if got.is_floating_point():
+        return ((got.double() - want).norm() / want.norm().clamp(min=1e-300)).item()
+    return (got.sort(-1).values != want.sort(-1).values).float().mean().item()
 
 
 def results(result: Any) -> tuple[Any, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def arm(name: str, op: Op) -> Callable[..., Any]:
-    """A way to run an op. Meanings may call other ops, which then are their meanings too."""
-    if name == "ours":
-        return op.target
-    if name == "inductor":
-        return torch.compile(
-            lambda *args: op.target(*args), backend="dsv4", options={"lowerings": "none"}, dynamic=False
-        )
-
-    def eager(*args: Any) -> Any:
-        with plain():
-            return op.meaning(*args)
-
-    return eager
+# Rows of the table
 
 
-def measured(what: str, op: Op, args: tuple[Any, ...], names: list[str], limits: Ceilings) -> dict[str, Any]:
-    """One row of the table."""
+def inputs_of(case: Case) -> Inputs:
+    """All arguments, defaults filled in."""
+    return tuple(case.op.arguments(*case.make()).values())
+
+
+def measured(case: Case, names: list[str], limits: Ceilings) -> dict[str, Any]:
     torch._dynamo.reset()
-    arms = {name: arm(name, op) for name in names}
-    full = tuple(op.arguments(*args).values())
-    cost = op.symbolic_cost().at(**(op.bound_sizes(op.arguments(*args)) or {}))
-    least = limits.least(float(cost.flops), float(cost.read + cost.write)) * 1e6
-    implementation, _ = op.claim(op.arguments(*args))
-    by = "meaning" if implementation is None else implementation.name
+    op, args = case.op, inputs_of(case)
+    arms = arms_of(case, args, names)
+    wrongs = errors(case, arms, args)
+    counts = {name: launches(f, args) for name, f in arms.items()}
+    full = op.arguments(*args)
+    cost = op.symbolic_cost().at(**(op.bound_sizes(full) or {}))
+    flops, moved = float(cost.flops), float(cost.read + cost.write)
+    copies, sweep = rotated(args)
+    us = microseconds(arms, copies, sweep=sweep)
+    by = op.claim(full)[0]
     return dict(
-        op=op.name, what=what, by=by, us=microseconds(arms, rotated(full)), least_us=least, error=errors(arms, op, full)
+        op=op.name,
+        what=case.what,
+        by="parts" if by is None and "ours" in arms else "nobody" if by is None else by.name,
+        us=us,
+        launches=counts,
+        error=wrongs,
+        flops=flops,
+        bytes=moved,
+        least_us=limits.least(flops, moved) * 1e6,
     )
 
 
+def loses(row: dict[str, Any]) -> bool:
+    """Whether another arm is faster than ours."""
+    us = row["us"]
+    return "ours" in us and us["ours"] > NOISE * min(t for name, t in us.items() if name != "ours" or len(us) == 1)
+
+
 def table(rows: list[dict[str, Any]], arms: list[str]) -> Table:
-    made = Table("model", "op", "tokens", *(f"{a}, us" for a in arms), "least, us", *(f"error of {a}" for a in arms))
+    columns = [f"{a}, us" for a in arms], [f"error of {a}" for a in arms]
+    made = Table("model", "op", "tokens", *columns[0], "least", "share", *columns[1])
     for r in rows:
-        times, wrong = (f"{r['us'][a]:.2f}" for a in arms), (f"{r['error'][a]:.1e}" for a in arms)
-        made.add_row(r["model"], r["what"], str(r["tokens"]), *times, f"{r['least_us']:.2f}", *wrong)
+        times = (
+            f"{r['us'][a]:.2f}" + (f" ({n})" if (n := r["launches"][a]) else "") if a in r["us"] else "" for a in arms
+        )
+        share = f"{r['least_us'] / r['us']['ours']:.2f}" if r["us"].get("ours") else ""
+        off = (f"{r['error'][a]:.1e}" if a in r["error"] else "" for a in arms)
+        style = "bold red" if loses(r) else None
+        least = f"{r['least_us']:.2f}"
+        made.add_row(r["model"], r["what"], f"{r['B']}x{r['T']}", *times, least, share, *off, style=style)
     return made
 
 
+def cells(ask: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, int, int, Case]]:
+    """Model, requests, tokens of each and the call, in the order in which they are measured."""
+    for model in ask.model:
+        for B, T in (*((n, 1) for n in ask.tokens), *((1, n) for n in ask.prefill)):
+            for case in Cases(CONFIGS[model](), B, T, device):
+                if any(fnmatch.fnmatchcase(case.op.name, glob) for glob in ask.ops):
+                    yield model, B, T, case
+
+
+def compile_share(ask: argparse.Namespace, device: torch.device) -> None:
+    """`--prepare K/N`: compile what every N-th cell needs, so that measuring finds it in the caches."""
+    k, n = map(int, ask.prepare.split("/"))
+    for i, (_, _, _, case) in enumerate(cells(ask, device)):
+        if i % n != k:
+            continue
+        torch._dynamo.reset()
+        args = inputs_of(case)
+        if sum(a.numel() * a.element_size() for a in args if isinstance(a, torch.Tensor)) <= LARGEST:
+            for call in arms_of(case, args, [a for a in ask.arms if a in ("inductor", "ours")]).values():
+                call(*args)
+
+
 def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    here = Path(__file__).parent
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
     return done.stdout.strip() or "no checkout"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", choices=("flash", "pro"), default=["flash", "pro"])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    sizes = (["flash", "pro"], [1, 2, 4, 8, 16, 32, 64], [512, 4096]) if on_gpu() else (["nano"], [1, 8], [64])
+    parser.add_argument("--model", nargs="+", choices=CONFIGS, default=sizes[0])
+    parser.add_argument("--tokens", type=int, nargs="*", default=sizes[1], help="requests of one token each")
+    parser.add_argument("--prefill", type=int, nargs="*", default=sizes[2], help="tokens of one request")
     parser.add_argument("--ops", nargs="+", default=["*"], metavar="GLOB")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds; what is left over is named")
+    parser.add_argument("--prepare", metavar="K/N", help="only compile every N-th cell's arms, from the K-th on")
     parser.add_argument("--json", type=Path)
-    ask = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("needs a CUDA device; benchmarks/ops.py times ops on the CPU")
+    parser.add_argument("--picture", type=Path, help="a roofline, as matplotlib draws it")
+    return parser.parse_args(arguments)
+
+
+@torch.inference_mode()
+def main(arguments: list[str] | None = None) -> int:
+    start, ask = perf_counter(), parsed(arguments)
+    device = torch.device("cuda" if on_gpu() else "cpu")
+    torch.manual_seed(0)
+    if ask.prepare:
+        compile_share(ask, device)
+        return 0
     limits = ceilings()
-    machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {commit()}"
+    machine = f"{torch.cuda.get_device_name() if on_gpu() else 'CPU'}, torch {torch.__version__}, {commit()}"
     print(f"{machine}: {limits}", flush=True)
-    rows = []
-    for model in ask.model:
-        config = DSV4Config.flash() if model == "flash" else DSV4Config.pro()
-        for N in ask.tokens:
-            for what, op, args in cases(config, N):
-                if any(fnmatch.fnmatchcase(op.name, glob) for glob in ask.ops):
-                    rows.append(dict(model=model, tokens=N) | measured(what, op, args, ask.arms, limits))
-                    r = rows[-1]
-                    print(model, what, N, {a: round(t, 2) for a, t in r["us"].items()}, flush=True)
-    Console(width=160).print(table(rows, ask.arms))
+    rows: list[dict[str, Any]] = []
+    failed: list[str] = []
+    left: list[str] = []
+    for model, B, T, case in cells(ask, device):
+        name = f"{model}, {case.what}, {B}x{T}"
+        if perf_counter() - start > ask.budget:
+            left.append(name)
+            continue
+        try:
+            rows.append(dict(model=model, B=B, T=T) | measured(case, ask.arms, limits))
+        except Exception as error:  # no memory, or an arm that does not compile, is a finding; so is a refusal
+            failed.append(f"{name}: {type(error).__name__}: {error}")
+            continue
+        finally:
+            if on_gpu():
+                torch.cuda.empty_cache()
+        print(name, {a: round(t, 2) for a, t in rows[-1]["us"].items()}, flush=True)
+    Console(width=200).print(table(rows, ask.arms))
+    slower = [f"{r['model']}, {r['what']}, {r['B']}x{r['T']}" for r in rows if loses(r)]
+    for what, names in (("ours loses", slower), ("failed", failed), ("no time was left", left)):
+        print(f"{what}: {len(names)}", *names, sep="\n  ")
     if ask.json:
-        ask.json.write_text(json.dumps(dict(machine=machine, ceilings=limits.as_dict(), rows=rows), indent=1) + "\n")
+        about = dict(machine=machine, ceilings=limits.as_dict(), rows=rows, slower=slower, failed=failed, left=left)
+        ask.json.write_text(json.dumps(about, indent=1) + "\n")
+    if ask.picture:
+        from benchmarks.picture import roofline
+
+        roofline(rows, limits, machine, ask.picture)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    sys.exit(main())

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .arguments import Device, Disable, Dtype, Lowerings, Model, Option, Passes, Strict, plainly
+from .bench import bench
 from .bisect import bisect, shadow
 from .cache import app as cache_app
 from .explain import explain
@@ -19,6 +20,7 @@ app.command()(explain)
 app.command()(bisect)
 app.command()(shadow)
 app.command()(warm)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(bench)
 
 
 @app.callback()

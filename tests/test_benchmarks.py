@@ -1,0 +1,99 @@
+"""The benchmarks measure what they say: every op, equal inputs, a cold cache. Here on a CPU, where the same code runs."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dsv4_compile.commands import bench, cli
+from dsv4_compile.lowerings import OPS
+from dsv4_compile.reference_model import DSV4Config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """module("timing"): that module of the benchmarks, which are not installed."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
+
+
+@pytest.mark.parametrize(("B", "T"), [(2, 1), (1, 9)])
+def test_every_op_has_a_call_whose_numbers_are_finite(B, T, module):
+    cases = list(module("cases").Cases(DSV4Config.nano(), B, T, torch.device("cpu")))
+    assert {c.op for c in cases} == set(OPS)
+    for case in cases:
+        args = case.make()
+        got = case.op.meaning(*args)
+        for out in got if isinstance(got, tuple) else (got,):
+            assert out.isfinite().all(), case.what
+        assert case.op.bound_sizes(case.op.arguments(*args)) is not None, case.what
+
+
+def test_a_table_with_errors_ceilings_and_what_was_left_out(module, tmp_path, capsys):
+    main, file = module("__main__").main, tmp_path / "found.json"
+    few = ["--ops", "router", "rms_norm", "moe", "--tokens", "2", "--prefill", "--arms", "eager", "ours", "torch"]
+    assert main([*few, "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert {r["op"] for r in found["rows"]} == {"router", "rms_norm", "moe"} and not found["failed"] + found["left"]
+    assert found["ceilings"]["read"] > 0 and found["ceilings"]["gap"] > 0
+    for row in found["rows"]:
+        assert all(0 < us for us in row["us"].values()) and max(row["error"].values()) < 1e-2 and row["least_us"] > 0
+    norm, *_ = (r for r in found["rows"] if r["op"] == "rms_norm")
+    assert norm["us"].keys() == {"eager", "torch"} and norm["by"] == "nobody"  # nothing of ours runs it on a CPU
+    said = capsys.readouterr().out
+    assert "mHC" not in said and "share" in said
+    assert main([*few, "--budget", "0", "--json", str(file)]) == 0
+    assert len(json.loads(file.read_text())["left"]) == len(found["rows"])
+    assert "no time was left: 5\n  nano, norm, 2x1" in capsys.readouterr().out
+
+
+def test_cells_that_ours_loses(module):
+    loses = module("__main__").loses
+    assert loses({"us": {"eager": 3.0, "torch": 1.0, "ours": 1.1}})
+    assert not loses({"us": {"eager": 1.0, "ours": 1.01}})  # noise
+    assert not loses({"us": {"eager": 1.0}})
+
+
+def test_an_arm_that_changes_the_inputs_is_refused(module):
+    timing = module("timing")
+    inputs = [(torch.ones(3),), (torch.ones(3),)]
+    with pytest.raises(timing.Refused, match="'bad' changes its inputs"):
+        timing.microseconds({"good": torch.neg, "bad": torch.Tensor.neg_}, inputs)
+
+
+def test_inputs_that_stay_in_the_cache_are_refused(module, monkeypatch):
+    timing = module("timing")
+    monkeypatch.setattr(timing, "on_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(L2_cache_size=1000))
+    x = torch.ones(400, dtype=torch.uint8)
+    same, own = [(x, 1)] * 9, [(x.clone(), 1) for _ in range(5)]
+    with pytest.raises(timing.Refused, match="stay in L2"):
+        timing.microseconds({"": torch.neg}, same)
+    assert not timing.beyond_l2(same) and timing.beyond_l2(own)
+
+
+def test_the_picture(module, tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra `bench` brings it")
+    row = {"flops": 1e9, "bytes": 1e6, "us": {"eager": 9.0, "ours": 2.0}}
+    limits = module("timing").Ceilings(4e12, 2e12, 8e14, 1e15, 1e-6)
+    module("picture").roofline([row], limits, "a machine", tmp_path / "roofline.png")
+    assert (tmp_path / "roofline.png").stat().st_size > 10_000
+
+
+def test_the_command_is_the_module(monkeypatch, tmp_path):
+    called = []
+    monkeypatch.setattr(bench.runpy, "run_module", lambda name, run_name: called.append((name, run_name, sys.argv[1:])))
+    monkeypatch.setattr(sys, "argv", ["dsv4"])
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    assert CliRunner().invoke(cli.app, ["bench", "--ops", "router", "--help"]).exit_code == 0
+    assert called == [("benchmarks", "__main__", ["--ops", "router", "--help"])]
+    monkeypatch.setattr(bench, "CHECKOUT", tmp_path)
+    result = CliRunner().invoke(cli.app, ["bench"])
+    assert result.exit_code == 2 and "run it in a checkout" in result.output
