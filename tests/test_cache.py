@@ -135,9 +135,9 @@ class Slow:
     def __enter__(self): return self
     def __exit__(self, *error): self.stream.close()
     def write(self, data):
-        for i in range(0, len(data), 32):
+        for i in range(len(data)):
             tick(1)
-            self.stream.write(data[i : i + 32])
+            self.stream.write(data[i : i + 1])
             self.stream.flush()
     def __getattr__(self, name): return getattr(self.stream, name)
 module.os.fdopen = lambda *a: Slow(fdopen(*a))
@@ -153,9 +153,10 @@ def child(script: str, *arguments: object, **how) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
 
 
-def test_a_writer_killed_at_any_point_leaves_a_whole_entry_or_none(tmp_path):
+def test_a_writer_killed_at_any_byte_leaves_a_whole_entry_or_none(tmp_path):
     """Killed while it holds the lock, too: the next one waits for nobody."""
-    steps = range(0, 70, max(1, 70 * 3 // TRIALS))
+    bytes_ = len(DATA) + 1000  # and its description, and what becomes of the files
+    steps = range(0, bytes_, bytes_ * 3 // TRIALS)
     ends = set()
     for first in range(0, len(steps), 4):
         running = [(step, child(KILLED_WRITER, step, tmp_path / str(step))) for step in steps[first : first + 4]]
