@@ -115,6 +115,7 @@ class PassManager(CustomGraphPass):
         self.report = Report(fusions=tuple(dict.fromkeys(r.name for r in rules)), off=silent(rules, config))
         self.verifier = Verifier(self.ops, lambda op, arguments: self.claim(op, arguments)[0])
         self.seen: dict[fx.Graph, int] = {}  # graphs of this compile, by their place in the report
+        self.pieces: dict[str, fx.Graph] | None = None  # meanings that were traced, to keep beyond one graph
 
     def uuid(self) -> str:
         """Identity for Inductor's caches: our sources and the configuration."""
@@ -195,7 +196,7 @@ class PassManager(CustomGraphPass):
     def lower(self, graph: fx.Graph, report: GraphReport) -> None:
         """Ask who can run each op; put back the meaning of those that nobody claims."""
         kept: set[Node] = set()
-        pieces: dict[str, fx.Graph] = {}
+        pieces = {} if self.pieces is None else self.pieces
         while open_ := [n for n in graph.nodes if n.target in self.ops and n not in kept]:
             for node in open_:
                 kept.add(node)

@@ -16,6 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import TracedAgain
+from ..graphs.canonical import canonicalise
 from ..graphs.instances import inline_regions
 from ..passes import PassManager
 from ..reporting.explain import buffers_kept, fresh
@@ -27,6 +28,7 @@ class Slot(CustomGraphPass):
     def __init__(self) -> None:
         self.graph = self.now = fx.Graph()
         self.root: Any = None
+        self.pieces: dict[str, fx.Graph] = {}  # meanings that went back into it, as traced
         self.inputs: list[Any] = []  # of the first run
 
     def uuid(self) -> None:
@@ -34,6 +36,7 @@ class Slot(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         self.root, self.graph = graph.owning_module, copied(graph)
+        canonicalise(self.graph)  # once: what the passes do first is most of their time when few rewrites are made
         self.now = self.graph
 
     def inner(self, gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
@@ -89,7 +92,7 @@ class Captured:
     def rewritten(self, manager: PassManager) -> Any:
         """What the model returns with its graphs rewritten by `manager`."""
         for slot in self.slots:
-            slot.now = copied(slot.graph)
+            slot.now, manager.pieces = copied(slot.graph), slot.pieces
             with fake_mode(slot.now):
                 manager(slot.now)
         return self.call(self.compiled)
