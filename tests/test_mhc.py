@@ -190,6 +190,19 @@ def test_the_model_raises(rewritten, dtype, B, T):
     torch.testing.assert_close(result, site(X), rtol=tolerance, atol=tolerance)
 
 
+def test_the_mixture_gets_the_streams_as_they_are_stored(rewritten, monkeypatch):
+    """The product that it is found by reads a view of widened streams: kernels take the stored ones."""
+    seen, implementations = [], mhc_post.implementations
+
+    def claims(a):
+        seen.append((a.X.dtype, a.y.dtype))
+        return "not here"
+
+    monkeypatch.setattr(mhc_post, "implementations", [replace(i, when=claims) for i in implementations])
+    rewritten(Site(torch.bfloat16), torch.randn(1, 1, CONFIG.hc_mult, CONFIG.hidden_size).bfloat16())
+    assert seen == [(torch.bfloat16, torch.bfloat16)]
+
+
 def test_a_block_that_is_called_twice_is_two_sites(rewritten):
     """Equal parts of the weights are one node of the graph, read by both calls."""
     site, (X, Y) = Site(torch.float32), torch.randn(2, 1, 2, CONFIG.hc_mult, CONFIG.hidden_size)

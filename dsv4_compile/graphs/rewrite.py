@@ -101,7 +101,7 @@ def _replacements(graph: fx.Graph, match: Match, arguments: dict[str, Any]) -> l
     made = {n: _made(graph, a, like) for n, a in arguments.items() if isinstance(a, Made)}
     arguments = arguments | made
     reason = ""
-    for prepare in (unwiden, lambda x: x, lambda x: _widened(graph, x, widest, like)):
+    for prepare in (lambda x: _narrow(graph, x, like), lambda x: x, lambda x: _widened(graph, x, widest, like)):
         args = [
             prepare(_flat(graph, a, None if n in made else match.ranks.get(n), like))
             if is_tensor(a)
@@ -148,6 +148,14 @@ def landing(old: Node, dtype: torch.dtype) -> Node | None:
 def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
     """Whether a value of `wide` can be rounded to `narrow` without having lost anything before."""
     return wide.is_floating_point == narrow.is_floating_point and wide.itemsize > narrow.itemsize
+
+
+def _narrow(graph: fx.Graph, x: Node, like: Node) -> Node:
+    """x as it was before it was widened, in the shape that it was brought to since."""
+    source = unwiden(x)
+    while source.target in RESHAPES:
+        source = unwiden(source.args[0])
+    return unwiden(x) if value(source).dtype == value(unwiden(x)).dtype else reshaped(graph, source, shape(x), like)
 
 
 def _widened(graph: fx.Graph, x: Node, dtype: torch.dtype, like: Node) -> Node:
