@@ -13,7 +13,7 @@ from dsv4_compile import cudagraph
 from dsv4_compile.commands import measure
 from dsv4_compile.commands.ring import Ring
 from dsv4_compile.reference_model import DSV4, DSV4Config, Loop, decode_step, draw, generate, load, nano
-from dsv4_compile.reference_model.sample import philox
+from dsv4_compile.reference_model.sample import argmax, philox
 
 KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -70,6 +70,15 @@ def test_noise_differs_by_seed_row_and_position_and_is_off_at_zero():
     found = noise(0, 0), noise(1, 0), noise(0, 1)
     assert len({n for numbers in found for n in numbers}) == 9 and noise(0, 0) == found[0]
     assert torch.equal(draw(logits, torch.zeros(1), torch.tensor([5]), torch.tensor([0, 1, 2])), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("V", [1, 3, 511, 512, 513, 3000])
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_largest_in_two_stages_is_the_first_of_equal_ones(V, device):
+    x = torch.randint(0, 3, (4, V), device=device).float()
+    x[0], x[1, : V // 2] = -float("inf"), -float("inf")
+    assert torch.equal(argmax(x), (x == x.max(-1, keepdim=True).values).float().argmax(-1))
+    assert torch.equal(argmax(x).cpu(), x.cpu().argmax(-1))
 
 
 def test_a_loop_continues_as_generate_does(prompt):
