@@ -1,5 +1,5 @@
-"""RMSNorm, with and without a weight, with and without RoPE behind it. A row is read once and kept in registers; a warp or
-several hold it."""
+"""RMSNorm, with and without a weight, with and without RoPE behind it, written in order or into a cache. A row is read once
+and kept in registers; a warp or several hold it."""
 
 import operator
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, const_expr
+from cutlass import BFloat16, Float32, Int32, Int64, const_expr
 
 from dsv4_compile.kernel import Kernel, fake, of_tokens, stream
 
@@ -17,12 +17,13 @@ DTYPES = {"bf16": BFloat16, "fp32": Float32}
 @dataclass(frozen=True)
 class Shape:
     """Rows of D numbers of `dtype`, D a multiple of 4 and at most 16384; weight: its dtype, or "none". rope: trailing
-    columns to rotate in pairs, or 0."""
+    columns to rotate in pairs, or 0. cache: its dtype, if the rows go to slots of one, or "none"."""
 
     D: int
     dtype: str
     weight: str
     rope: int = 0
+    cache: str = "none"
 
     @property
     def vector(self) -> int:
@@ -42,18 +43,19 @@ class RMSNorm:
     def __init__(self, shape: Shape, config: Config):
         self.D, self.vector, self.weight, self.rope = shape.D, shape.vector, DTYPES.get(shape.weight), shape.rope
         self.dtype, self.warps, self.rows = DTYPES[shape.dtype], config.warps, config.rows
+        self.target = DTYPES[shape.dtype if shape.cache == "none" else shape.cache]
         self.threads = 32 * config.warps  # of a row
         self.vectors = shape.D // shape.vector
         self.loads = -(-self.vectors // self.threads)
 
     @cute.jit
-    def __call__(self, x, weight, cos, sin, out, eps: Float32, inner: Int32, stream):
-        self.kernel(x, weight, cos, sin, out, eps, inner).launch(
+    def __call__(self, x, weight, cos, sin, out, slot, eps: Float32, inner: Int32, T: Int32, stream):
+        self.kernel(x, weight, cos, sin, out, slot, eps, inner, T).launch(
             grid=[cute.ceil_div(x.shape[0], self.rows), 1, 1], block=[self.threads * self.rows, 1, 1], stream=stream
         )
 
     @cute.kernel
-    def kernel(self, x, weight, cos, sin, out, eps, inner):
+    def kernel(self, x, weight, cos, sin, out, slot, eps, inner, T):
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         here, t = thread // self.threads, thread % self.threads
@@ -94,11 +96,16 @@ class RMSNorm:
         if const_expr(self.rope > 0):
             y = self.rotated(y, (place // inner) % cos.shape[0], cos, sin, t)
         kept.store(y.to(self.dtype))
-        target = cute.zipped_divide(out[place, None], (self.vector,))
+        if const_expr(slot is None):
+            target = cute.zipped_divide(out[place, None], (self.vector,))
+        else:
+            target = cute.zipped_divide(out[place // T, Int32(slot[place]), None], (self.vector,))
+        written = cute.make_rmem_tensor((self.vector, self.loads), self.target)
+        written.store(kept.load().to(self.target))
         for i in cutlass.range_constexpr(self.loads):
             v = i * self.threads + t
             if v < self.vectors and inside:
-                cute.autovec_copy(kept[None, i], target[None, v])
+                cute.autovec_copy(written[None, i], target[None, v])
 
     @cute.jit
     def rotated(self, y, angles, cos, sin, t):
@@ -120,17 +127,23 @@ class RMSNorm:
 
 def program(shape: Shape, config: Config):
     """x [N, D], weight [D] or None, cos and sin [P, rope / 2] fp32 or None -> out [N, D]; eps; inner: row r of x is turned by
-    row (r / inner) mod P of the tables."""
+    row (r / inner) mod P of the tables. With a cache out is that [B, S, D], and row b T + t goes to slot [N] int64 of b."""
     N, dtype = cute.sym_int(), DTYPES[shape.dtype]
     table = fake(Float32, cute.sym_int(), shape.rope // 2, align=4) if shape.rope else None
-    align = shape.vector * dtype.width // 8
+    align, cached = shape.vector * dtype.width // 8, shape.cache != "none"
+    out = fake(dtype, N, shape.D, align=align)
+    if cached:
+        of_cache = DTYPES[shape.cache]
+        out = fake(of_cache, cute.sym_int(), cute.sym_int(), shape.D, align=min(16, shape.vector * of_cache.width // 8))
     arguments = (
         fake(dtype, N, shape.D, align=align),
         None if shape.weight == "none" else fake(DTYPES[shape.weight], shape.D, align=8 if shape.D % 8 else 16),
         table,
         table,
-        fake(dtype, N, shape.D, align=align),
+        out,
+        fake(Int64, N, align=8) if cached else None,
         Float32(0.0),
+        Int32(1),
         Int32(1),
         stream(),
     )

@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from dsv4_compile.lowerings.rope import norm_rope
+from dsv4_compile.lowerings.norm import DTYPES, norm_into
+from dsv4_compile.lowerings.rope import fits_with_rope, norm_rope
 from dsv4_compile.op import Cost, Tensor, op
 
 
@@ -67,3 +68,14 @@ def _(a):
 def _(ring, slot, x, weight, eps, cos, sin):
     batch = torch.arange(len(ring)).unsqueeze(1)
     ring[batch, slot] = norm_rope(x, weight, eps, cos, sin).to(ring.dtype)
+
+
+def fits_with_cache(a) -> bool | str:
+    if a.ring.dtype not in DTYPES or a.slot.dtype != torch.int64:
+        return "the cache must be bfloat16 or float32, slots int64"
+    return fits_with_rope(a)
+
+
+@norm_rope_append.on("cuda", arch="sm_90+", in_place="ring", when=fits_with_cache)
+def _(ring, slot, x, weight, eps, cos, sin):
+    norm_into(ring, slot, x, weight, eps, cos, sin)

@@ -64,18 +64,35 @@ def normed(
     x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None = None, sin: Tensor | None = None
 ) -> Tensor:
     """By the kernel; with cos and sin, whose leading axes broadcast against those of x, turned by RoPE."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    norm_into(out.view(-1, x.shape[-1]), None, x, weight, eps, cos, sin)
+    return out
+
+
+def norm_into(
+    out: Tensor,
+    slot: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> None:
+    """The rows of x [..., D], normed and turned, into out [N, D]; with slot [B, T], those of x [B, T, D] into the slots of
+    out [B, S, D]."""
     from dsv4_compile.kernels.norm import Shape, launch
 
     D = x.shape[-1]
     rows = x.reshape(-1, D).contiguous()
-    out = torch.empty_like(rows)
-    if len(rows):
-        inner = 1 if cos is None else repeated(cos.shape, x.shape)
-        tables = [None if t is None else table(t, x) for t in (cos, sin)]
-        of_weight = "none" if weight is None else DTYPES[weight.dtype]
-        shape = Shape(D, DTYPES[x.dtype], of_weight, 0 if cos is None else 2 * cos.shape[-1])
-        launch(shape, rows, None if weight is None else weight.contiguous(), *tables, out, eps, inner)
-    return out.view(x.shape)
+    if not len(rows):
+        return
+    inner = 1 if cos is None else repeated(cos.shape, x.shape)
+    tables = [None if t is None else table(t, x) for t in (cos, sin)]
+    of_weight = "none" if weight is None else DTYPES[weight.dtype]
+    cache, T = ("none", 1) if slot is None else (DTYPES[out.dtype], slot.shape[1])
+    shape = Shape(D, DTYPES[x.dtype], of_weight, 0 if cos is None else 2 * cos.shape[-1], cache)
+    places = None if slot is None else slot.reshape(-1).contiguous()
+    launch(shape, rows, None if weight is None else weight.contiguous(), *tables, out, places, eps, inner, T)
 
 
 def repeated(small: Sequence[int], large: Sequence[int]) -> int:

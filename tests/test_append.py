@@ -217,3 +217,38 @@ def test_other_writes_stay(f, rewritten):
     got, report = rewritten(f, *args)
     assert report.counts["append"] == 0
     torch.testing.assert_close(got, f(*args))
+
+
+# On a GPU
+
+
+def keys_of(B, T, S, d, dr, dtype, ring_dtype, shared, seed=0):
+    """Arguments of the prologue, on the GPU."""
+    g = torch.Generator().manual_seed(seed)
+    angle = torch.randn(1 if shared else B, T, dr // 2, generator=g)
+    ring, x = torch.randn(B, S, d, generator=g).to(ring_dtype), torch.randn(B, T, d, generator=g).to(dtype)
+    slot = torch.rand(B, S, generator=g).argsort(-1)[:, :T]
+    return ring, slot, x, 1 + torch.randn(d, generator=g) / 5, EPS, angle.cos(), angle.sin()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("B", "T", "S", "d", "dr"), [(1, 1, 128, 512, 64), (3, 2, 9, 64, 16), (2, 5, 5, 20, 6)])
+def test_the_kernel_writes_normed_and_turned_rows(B, T, S, d, dr, dtype, shared, kernel_parity):
+    tolerance = dict(rtol=1e-2, atol=1e-2) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
+    args, others = (keys_of(B, T, S, d, dr, dtype, dtype, shared, seed) for seed in (0, 1))
+    kernel_parity(norm_rope_append, *args, others=others, **tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_the_kernel_writes_in_place_and_nothing_else(dtypes):
+    args = [a.cuda() if isinstance(a, torch.Tensor) else a for a in keys_of(3, 2, 11, 64, 16, *dtypes, False)]
+    ring, slot, *rest = args
+    before, want = ring.clone(), norm_rope_append.meaning(*args)
+    norm_rope_append.writing_target(ring, slot, *rest)
+    torch.testing.assert_close(ring, want, rtol=1e-2, atol=1e-2)
+    others = torch.ones(3, 11, dtype=torch.bool, device="cuda").scatter(1, slot, False)
+    assert torch.equal(ring[others], before[others])
