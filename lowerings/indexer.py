@@ -5,7 +5,7 @@ from functools import reduce
 import torch
 import torch.nn.functional as F
 
-from dsv4_compile.op import Cost, Tensor, acc, at_least, op
+from dsv4_compile.op import Cost, Tensor, acc, at_least, known, op
 
 BLOCK = 1 << 18  # scores of single heads at a time: they stay in a core's L2 cache
 
@@ -74,3 +74,32 @@ def best(score: Tensor, k: int) -> Tensor:
         pick = pick.clone()
         pick[tied] = score[tied].sort(dim=-1, descending=True, stable=True).indices[:, :k]
     return pick
+
+
+# On a GPU
+
+LARGEST = 319488  # entries for which the kernel has room
+
+
+def fits_the_kernel(a) -> bool | str:
+    """What kernels/indexer.py is written for."""
+    if a.q.dtype != torch.bfloat16 or a.keys.dtype != torch.bfloat16 or a.w.dtype == torch.float64:
+        return "queries and keys must be bfloat16, weights at most float32"
+    h, d = a.q.shape[2:]
+    if not isinstance(h, int) or not isinstance(d, int) or h > 64 or d % 32 or d > 128:
+        return f"{h} heads of {d} channels: at most 64 of 32, 64, 96 or 128"
+    return known(a.keys.shape[1] <= LARGEST) or f"more than {LARGEST} entries, or nobody knows how many"
+
+
+@indexer.on("cuda", arch="sm_90+", when=fits_the_kernel)
+def _(q, keys, w, visible, k):
+    """The entries in ascending order, -1 at the end; of equal scores at the end of the list the lower entries."""
+    from dsv4_compile.kernels.indexer import Shape, launch
+
+    B, T, h, d = q.shape
+    out = torch.empty(B, T, k, dtype=torch.int64, device=q.device)
+    if out.numel():
+        rows = keys if keys.stride(2) == 1 and keys.stride(1) == d and keys.stride(0) % 8 == 0 else keys.contiguous()
+        flat = q.reshape(B * T, h, d).contiguous(), rows, w.reshape(B * T, h).float().contiguous()
+        launch(Shape(h, d), *flat, visible.reshape(-1).long().contiguous(), out.view(B * T, k), T)
+    return out

@@ -1,0 +1,445 @@
+"""The lightning indexer: scores of all entries that a token may see, and the k best of them, as a set in ascending order.
+
+Scores come from tensor cores: a warp keeps the queries of all heads in registers and takes 16 entries at a time, so that
+keys go from memory to registers once and nothing but one number of each entry leaves them. That number is an integer which
+sorts like the score and is kept in shared memory by a cluster of blocks, each with its part of the entries. The k-th best
+is found by its digits, 11 bits at a time: every block counts the digits of its candidates, adds its counts to those of all
+blocks, and all blocks come to the same conclusion. At last each block writes its chosen entries behind those of the blocks
+before it; of equal ones at the end the lower.
+
+Few tokens with many entries leave most processors without work that way. Then all of them write scores first, by a launch
+of its own, which the clusters read.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float32, Int32, Int64, Uint32, const_expr
+
+from dsv4_compile.kernel import Kernel, fake, of_tokens, rounded, stream
+from dsv4_compile.kernels import warps as of_warp
+
+BINS = 2048
+DIGITS = ((21, BINS), (10, BINS), (0, 1024))  # of a score: where each starts, and how many values it has
+TILE = 16  # entries of a warp's product
+SCORERS = 8  # warps of a block that scores: more would not find the registers
+SMS = 132  # processors that the cost model reckons with
+SHARED = 227 * 1024 - 1024
+MOST = 1 << 22  # scores that are written: 16 MB
+LARGEST = 319488  # entries that a cluster has room for
+
+
+@dataclass(frozen=True)
+class Shape:
+    """heads: at most 64. d: channels, a multiple of 32 and at most 128."""
+
+    heads: int
+    d: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """blocks: of a cluster, which has the entries of a token. room: entries of a block, a multiple of 16. warps: of a block.
+    apart: scores by a launch of their own."""
+
+    blocks: int
+    room: int
+    warps: int
+    apart: bool
+
+    def covers(self, entries: int) -> bool:
+        return self.blocks * (self.room - TILE) >= entries
+
+
+class Plan:
+    """Where what lies in shared memory, in words."""
+
+    def __init__(self, config: Config):
+        self.counts = config.room  # of this block, digit by digit
+        self.merged = self.counts + (len(DIGITS) * BINS if config.blocks > 1 else 0)
+        self.sums = self.merged + len(DIGITS) * BINS  # of warps, digit by digit
+        self.found = self.sums + len(DIGITS) * 32
+        self.totals = self.found + len(DIGITS) * 4  # of warps: entries that are better, and that are equal
+        self.before = self.totals + 2 * 32  # the same of the cluster's blocks
+        self.weights = self.before + 2 * 8  # of heads
+        self.words = self.weights + 64
+
+
+def count(address, many, local: bool):
+    """Add to a number in shared memory, of this block or at an address that `of_block` gave."""
+    space = "shared" if local else "relaxed.cluster.shared::cluster"
+    cute.arch.inline_ptx(f"red.{space}.add.u32 [{{$r0}}], {{$r1}};", read_only_args=[address, many])
+
+
+def store(address, word):
+    """Into shared memory of another block."""
+    cute.arch.inline_ptx("st.shared::cluster.u32 [{$r0}], {$r1};", read_only_args=[address, word])
+
+
+def load_pair(address):
+    """From shared memory, each time anew: registers that would keep the numbers are needed."""
+    return cute.arch.inline_ptx(
+        "ld.shared.v2.f32 {{$w0}, {$w1}}, [{$r0}];", write_only_types=[Float32] * 2, read_only_args=[address]
+    )
+
+
+@cute.jit
+def sortable(x: Float32) -> Int32:
+    """Bits in the order of the floats, as of a number without a sign; both zeros are one."""
+    bits = cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[x])
+    bits = Int32(0) if bits == Int32(-(2**31)) else bits
+    return bits ^ ((bits >> 31) | Int32(-(2**31)))
+
+
+class Program:
+    def __init__(self, shape: Shape, config: Config):
+        self.h, self.d = shape.heads, shape.d
+        self.tiles, self.lines = -(-shape.heads // 8), shape.d // 32  # of 8 heads, of 32 channels
+        self.blocks, self.room, self.apart = config.blocks, config.room, config.apart
+        self.warps, self.threads = config.warps, 32 * config.warps
+        self.plan = Plan(config)
+
+    @cute.jit
+    def __call__(self, q, keys, w, visible, scores, out, T: Int32, width: Int32, stream):
+        N = q.shape[0]
+        if const_expr(self.apart):
+            self.write_scores(q, keys, w, visible, scores, out.shape[1], T).launch(
+                grid=[width, N, 1], block=[32 * SCORERS, 1, 1], min_blocks_per_mp=1, stream=stream
+            )
+        self.select(q, keys, w, visible, scores, out, T).launch(
+            grid=[self.blocks * N, 1, 1],
+            block=[self.threads, 1, 1],
+            cluster=[self.blocks, 1, 1],
+            min_blocks_per_mp=1,
+            stream=stream,
+            use_pdl=self.apart,
+        )
+
+    def seen(self, visible, keys, token):
+        """Entries that a token may see."""
+        return cutlass.min(Int32(visible[token % visible.shape[0]]), keys.shape[1])
+
+    # Scores
+
+    @cute.kernel
+    def write_scores(self, q, keys, w, visible, scores, k, T):
+        thread, _, _ = cute.arch.thread_idx()
+        block, token, _ = cute.arch.block_idx()
+        width, _, _ = cute.arch.grid_dim()
+        n = self.seen(visible, keys, token)
+        cute.arch.griddepcontrol_launch_dependents()
+        if n > k:
+            warp = cute.arch.make_warp_uniform(thread // 32)
+            weights = cutlass.memory.SmemAllocator().allocate_tensor(Float32, cute.make_layout((64,)), 128)
+            first, last, step = block * SCORERS + warp, cute.ceil_div(n, TILE), width * SCORERS
+            self.score(q, keys, w, weights, token, T, first, last, step, scores[token, None], 0)
+
+    @cute.jit
+    def score(self, q, keys, w, weights, token, T, first, last, step, target, skip):
+        """Tiles `first`, `first + step`, ... below `last`, into target[entry - skip]; the next tile is on its way."""
+        thread, _, _ = cute.arch.thread_idx()
+        lane, request = cute.arch.lane_idx(), token // T
+        here = self.load(keys, request, first, lane)
+        heads = self.queries(q, token, lane)
+        if thread < 64:
+            weights[thread] = w[token, thread] if thread < self.h else Float32(0.0)
+        cute.arch.barrier()
+        for tile in cutlass.range(first, last, step, unroll=1):
+            coming = self.load(keys, request, tile + step, lane)
+            self.write(self.products(here, heads, weights, lane), tile, target, skip, lane)
+            here.store(coming.load())
+
+    @cute.jit
+    def load(self, keys, request, tile, lane):
+        """The entries of a tile: a lane has 8 channels of each 32, of two entries. Beyond the last entry it reads that one."""
+        part = cute.make_rmem_tensor((8, self.lines, 2), BFloat16)
+        for i in cutlass.range_constexpr(2):
+            entry = cutlass.min(tile * TILE + lane // 4 + 8 * i, keys.shape[1] - 1)
+            row = cute.zipped_divide(keys[request, entry, None], (8,))
+            for s in cutlass.range_constexpr(self.lines):
+                cute.autovec_copy(row[None, 4 * s + lane % 4], part[None, s, i])
+        return part
+
+    @cute.jit
+    def queries(self, q, token, lane):
+        """Of all heads, channels as `load` has them; beyond the last head that one again."""
+        heads = cute.make_rmem_tensor((8, self.lines, self.tiles), BFloat16)
+        for t in cutlass.range_constexpr(self.tiles):
+            row = cute.zipped_divide(q[token, cutlass.min(8 * t + lane // 4, self.h - 1), None], (8,))
+            for s in cutlass.range_constexpr(self.lines):
+                cute.autovec_copy(row[None, 4 * s + lane % 4], heads[None, s, t])
+        return heads
+
+    @cute.jit
+    def products(self, entries, heads, weights, lane):
+        """Scores of two entries: sum_h weight relu(product). Where a product's 16 channels lie does not matter as long as both
+        factors have them in the same places."""
+        a, b = cute.recast_tensor(entries, Int32), cute.recast_tensor(heads, Int32)
+        low, high = Float32(0.0), Float32(0.0)
+        together = 4  # sums that do not wait for each other
+        for first in cutlass.range_constexpr(0, self.tiles, together):
+            tiles = range(first, min(first + together, self.tiles))
+            sums = cute.make_rmem_tensor((4, together), Float32)
+            sums.fill(0.0)
+            for s in cutlass.range_constexpr(self.lines):
+                for p in cutlass.range_constexpr(0, 4, 2):
+                    rows = [a[p, s, 0], a[p, s, 1], a[p + 1, s, 0], a[p + 1, s, 1]]
+                    for t in tiles:
+                        of_warp.multiply(sums[None, t - first], rows, b[p, s, t], b[p + 1, s, t])
+            for t in tiles:
+                pair = load_pair(weights.iterator.toint() + 4 * (8 * t + 2 * (lane % 4)))
+                for i, weight in enumerate(pair):
+                    low = low + cute.arch.fmax(sums[i, t - first], Float32(0.0)) * weight
+                    high = high + cute.arch.fmax(sums[2 + i, t - first], Float32(0.0)) * weight
+        for offset in (1, 2):
+            low = low + cute.arch.shuffle_sync_bfly(low, offset)
+            high = high + cute.arch.shuffle_sync_bfly(high, offset)
+        return low, high
+
+    @cute.jit
+    def write(self, both, tile, target, skip, lane):
+        low, high = both
+        if lane % 4 < 2:
+            score = low if lane % 4 == 0 else high
+            place = tile * TILE + lane // 4 + 8 * (lane % 4) - skip
+            target[place] = score if const_expr(self.apart) else sortable(score)
+
+    # The best
+
+    @cute.kernel
+    def select(self, q, keys, w, visible, scores, out, T):
+        thread, _, _ = cute.arch.thread_idx()
+        place, _, _ = cute.arch.block_idx()
+        rank, token = place % self.blocks, place // self.blocks
+        plan, k = self.plan, out.shape[1]
+        room = cutlass.memory.SmemAllocator().allocate_tensor(Int32, cute.make_layout((plan.words,)), 128)
+        start = room.iterator.toint()
+        n = self.seen(visible, keys, token)
+        if n <= k:
+            for i in cutlass.range(rank * self.threads + thread, k, self.blocks * self.threads):
+                out[token, i] = Int64(i) if i < n else Int64(-1)
+        else:
+            for i in cutlass.range(plan.counts + thread, plan.weights, self.threads):
+                room[i] = Int32(0)
+            share = cute.ceil_div(cute.ceil_div(n, TILE), self.blocks) * TILE  # entries of a block
+            first = rank * share
+            mine = cutlass.max(cutlass.min(n - first, share), 0)
+            if const_expr(self.apart):
+                cute.arch.griddepcontrol_wait()
+                self.fetch(scores[token, None], first, mine, room, thread)
+            else:
+                warp = cute.arch.make_warp_uniform(thread // 32)
+                tile, last = first // TILE, (first + mine + TILE - 1) // TILE
+                weights = cute.make_tensor(
+                    cute.recast_ptr(room.iterator + plan.weights, dtype=Float32), cute.make_layout((64,))
+                )
+                self.score(q, keys, w, weights, token, T, tile + warp, last, self.warps, room, first)
+            self.everybody()  # counts are zero, scores are there
+            shift, prefix, need = self.threshold(k, mine, room, start, thread)
+            self.write_chosen(out[token, None], rank, first, mine, shift, prefix, need, room, start, thread)
+
+    @cute.jit
+    def everybody(self):
+        if const_expr(self.blocks > 1):
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.barrier()
+
+    @cute.jit
+    def fetch(self, scores, first, mine, room, thread):
+        """This block's part of the scores that another launch wrote; of its last 4 words some may be anything."""
+        source = cute.zipped_divide(scores, (4,))
+        target = cute.zipped_divide(cute.make_tensor(room.iterator, cute.make_layout((self.room,))), (4,))
+        for v in cutlass.range(thread, cute.ceil_div(mine, 4), self.threads, unroll=4):
+            part, found = cute.make_rmem_tensor((4,), Int32), cute.make_rmem_tensor((4,), Float32)
+            cute.autovec_copy(source[None, first // 4 + v], found)
+            for j in cutlass.range_constexpr(4):
+                part[j] = sortable(found[j])
+            cute.autovec_copy(part, target[None, v])
+
+    @cute.jit
+    def threshold(self, k, mine, room, start, thread):
+        """Digit by digit: shift and prefix, so that what is above `prefix` when shifted is chosen, and of what is equal to it
+        the first `need`."""
+        plan = self.plan
+        shift, prefix, need, done = Int32(32), Uint32(0), Int32(k), Int32(0)
+        for p in cutlass.range_constexpr(len(DIGITS)):
+            low, bins = DIGITS[p]
+            if done == 0:
+                merged = plan.merged + p * BINS
+                mask = Uint32(bins - 1)
+                counts = merged if const_expr(self.blocks == 1) else plan.counts + p * BINS
+                for i in cutlass.range(thread, mine, self.threads):
+                    key = Uint32(room[i])
+                    if const_expr(p == 0):
+                        count(start + 4 * (counts + Int32(key >> Uint32(low))), Int32(1), True)
+                    else:
+                        if key >> Uint32(DIGITS[p - 1][0]) == prefix:
+                            count(start + 4 * (counts + Int32((key >> Uint32(low)) & mask)), Int32(1), True)
+                cute.arch.barrier()
+                if const_expr(self.blocks > 1):
+                    for j in cutlass.range_constexpr(bins // self.threads):
+                        here = j * self.threads + thread
+                        many = room[counts + here]
+                        if many > 0:
+                            for b in cutlass.range_constexpr(self.blocks):
+                                count(of_warp.of_block(start + 4 * (merged + here), b), many, False)
+                    self.everybody()
+                digit, above, equal = self.crossing(merged, bins, p, need, room, thread)
+                prefix = prefix * Uint32(bins) + Uint32(digit)
+                need = need - above
+                shift = Int32(low)
+                done = Int32(1) if equal == need else Int32(0)
+        return shift, prefix, need
+
+    @cute.jit
+    def crossing(self, merged, bins, p, need, room, thread):
+        """The digit at which the counts, summed from the highest on, reach `need`; the sum above it; its own count."""
+        plan, each = self.plan, bins // self.threads
+        warp, lane = thread // 32, thread % 32
+        own = cute.make_rmem_tensor((each,), Int32)
+        total = Int32(0)
+        for j in cutlass.range_constexpr(each):
+            own[j] = room[merged + bins - 1 - (thread * each + j)]
+            total = total + own[j]
+        upto = total
+        for s in cutlass.range_constexpr(5):
+            other = cute.arch.shuffle_sync_up(upto, 1 << s)
+            upto = upto + (other if lane >= (1 << s) else Int32(0))
+        if lane == 31:
+            room[plan.sums + 32 * p + warp] = upto
+        cute.arch.barrier()
+        for v in cutlass.range_constexpr(self.warps):
+            upto = upto + (room[plan.sums + 32 * p + v] if v < warp else Int32(0))
+        above = upto - total
+        if above < need and need <= upto:
+            for j in cutlass.range_constexpr(each):
+                if above < need and need <= above + own[j]:
+                    room[plan.found + 4 * p] = bins - 1 - (thread * each + j)
+                    room[plan.found + 4 * p + 1] = above
+                    room[plan.found + 4 * p + 2] = own[j]
+                above = above + own[j]
+        cute.arch.barrier()
+        return tuple(room[plan.found + 4 * p + i] for i in range(3))
+
+    @cute.jit
+    def write_chosen(self, out, rank, first, mine, shift, prefix, need, room, start, thread):
+        """In order: each warp has consecutive entries, and starts behind the chosen ones of the warps and blocks before it."""
+        plan = self.plan
+        warp, lane = cute.arch.make_warp_uniform(thread // 32), thread % 32
+        share = cute.ceil_div(cute.ceil_div(mine, 32), self.warps) * 32
+        begin, end = warp * share, cutlass.min((warp + 1) * share, mine)
+        above, equal = Int32(0), Int32(0)
+        for i in cutlass.range(begin, end, 32):
+            better, same = self.compared(i + lane, end, shift, prefix, room)
+            above, equal = above + cute.arch.popc(better), equal + cute.arch.popc(same)
+        if lane == 0:
+            room[plan.totals + 2 * warp] = above
+            room[plan.totals + 2 * warp + 1] = equal
+        cute.arch.barrier()
+        above, equal = Int32(0), Int32(0)
+        all_above, all_equal = Int32(0), Int32(0)
+        for v in cutlass.range_constexpr(self.warps):
+            of_above, of_equal = room[plan.totals + 2 * v], room[plan.totals + 2 * v + 1]
+            all_above, all_equal = all_above + of_above, all_equal + of_equal
+            above, equal = above + (of_above if v < warp else 0), equal + (of_equal if v < warp else 0)
+        if const_expr(self.blocks > 1):
+            if thread < self.blocks:
+                there = of_warp.of_block(start + 4 * (plan.before + 2 * rank), thread)
+                store(there, all_above)
+                store(there + 4, all_equal)
+            self.everybody()
+            for b in cutlass.range_constexpr(self.blocks):
+                of_above, of_equal = room[plan.before + 2 * b], room[plan.before + 2 * b + 1]
+                above, equal = above + (of_above if b < rank else 0), equal + (of_equal if b < rank else 0)
+        below = Int32(cute.arch.lanemask_lt())
+        for i in cutlass.range(begin, end, 32):
+            better, same = self.compared(i + lane, end, shift, prefix, room)
+            at, tied = above + cute.arch.popc(better & below), equal + cute.arch.popc(same & below)
+            chosen = (better >> lane) & 1
+            if tied < need:
+                chosen = chosen | ((same >> lane) & 1)
+            if chosen != 0:
+                out[at + cutlass.min(tied, need)] = Int64(first + i + lane)
+            above, equal = above + cute.arch.popc(better), equal + cute.arch.popc(same)
+
+    @cute.jit
+    def compared(self, i, end, shift, prefix, room):
+        """Which lanes have an entry above the threshold, and which one at it."""
+        better, same = cutlass.Boolean(False), cutlass.Boolean(False)
+        if i < end:
+            head = Uint32(room[i]) >> Uint32(shift)
+            better, same = head > prefix, head == prefix
+        return cute.arch.vote_ballot_sync(better), cute.arch.vote_ballot_sync(same)
+
+
+def program(shape: Shape, config: Config):
+    """q [N, h, d], keys [B, E, d] bf16, w [N, h] fp32, visible [V] int64 (token n reads place n mod V), scores [N, E'] fp32
+    with E' >= E a multiple of 16, to work in, or None -> out [N, k] int64; T, tokens of a request: N = B T; width: blocks of
+    the launch that scores. More than blocks (room - 16) entries have no room."""
+    N, B = cute.sym_int(), cute.sym_int()
+    arguments = (
+        fake(BFloat16, N, shape.heads, shape.d),
+        fake(BFloat16, B, cute.sym_int(), shape.d),
+        fake(Float32, N, shape.heads, align=4),
+        fake(Int64, cute.sym_int(), align=8),
+        fake(Float32, N, cute.sym_int()) if config.apart else None,
+        fake(Int64, N, cute.sym_int(), align=8),
+        Int32(1),
+        Int32(1),
+        stream(),
+    )
+    return Program(shape, config), arguments
+
+
+def configs(shape: Shape) -> Iterator[Config]:
+    for apart in (False, True):
+        for blocks in (8, 4, 2, 1):
+            for room in (2048, 8192, 40960):
+                for warps in (16, 32) if apart else (SCORERS,):
+                    if 4 * Plan(config := Config(blocks, room, warps, apart)).words <= SHARED:
+                        yield config
+
+
+def estimate(shape: Shape, config: Config, tokens: int, entries: int) -> float:
+    """Microseconds: what a processor scores at a time, and what it takes to choose."""
+    each = shape.heads * shape.d / (64 * 128) * 0.06  # of a tile, by a block
+    tiles = -(-entries // TILE)
+    blocks = tokens * config.blocks
+    usable = SMS if config.blocks < 4 else SMS * 7 // 8 // config.blocks * config.blocks
+    rounds = -(-blocks // usable)
+    share = -(-entries // config.blocks)
+    choose = rounds * (2.5 + (1.5 if config.blocks > 1 else 0.0) + share / (32 * config.warps) * 0.15)
+    if config.apart:
+        return choose + 2.0 + max(1.0, each * tiles * tokens / SMS)
+    return choose + rounds * each * -(-tiles // config.blocks)
+
+
+def rank(shape: Shape, work: tuple[int, ...]) -> list[Config]:
+    """Those with room for so many entries, best first for so many tokens."""
+    tokens, entries = work
+    found = [c for c in configs(shape) if c.covers(entries) and (not c.apart or tokens * entries <= MOST)]
+    tight = [c for c in found if not any(c.room > o.room and c.blocks == o.blocks for o in found)]
+    return sorted(tight, key=lambda config: estimate(shape, config, tokens, entries))
+
+
+KERNEL = Kernel("indexer", __file__, program, configs, rank)
+
+
+def launch(shape: Shape, q, keys, w, visible, out, T: int) -> None:
+    """See `program`."""
+    tokens, entries = len(q), keys.shape[1]
+    config = KERNEL.choice(shape, (of_tokens(tokens), min(rounded(entries), LARGEST)))
+    run(shape, config, q, keys, w, visible, out, T)
+
+
+def run(shape: Shape, config: Config, q, keys, w, visible, out, T: int) -> None:
+    """In this configuration, with room for it to work in."""
+    scores, width, tiles = None, 1, -(-keys.shape[1] // TILE)
+    if config.apart:
+        scores = w.new_empty(len(q), tiles * TILE)
+        width = max(1, min(-(-tiles // SCORERS), SMS // len(q)))
+    KERNEL.launcher(shape, config)(q, keys, w, visible, scores, out, T, width)

@@ -1,0 +1,168 @@
+"""The indexer's kernel: configurations on any machine; on a GPU, against exact scores, of which many are equal."""
+
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+if find_spec("cutlass") is None:
+    pytest.skip("GPU kernels need CuTeDSL, which has wheels for Linux only", allow_module_level=True)
+
+from dsv4_compile.kernels import indexer as kernel
+from dsv4_compile.lowerings import indexer as lowering
+from dsv4_compile.lowerings.indexer import indexer
+
+FLASH = kernel.Shape(64, 128)
+SIZES = [1, 17, 2048, 8191, 32768, 100_000, 262_144, lowering.LARGEST]
+
+
+@pytest.mark.parametrize("entries", SIZES)
+@pytest.mark.parametrize("tokens", [1, 8, 64, 1 << 20])
+def test_there_is_room_for_any_number_of_entries(entries, tokens):
+    found = kernel.rank(FLASH, (tokens, min(kernel.rounded(entries), kernel.LARGEST)))
+    assert found and len(set(found)) == len(found)
+    for config in found:
+        tiles = -(-entries // kernel.TILE)
+        assert -(-tiles // config.blocks) * kernel.TILE <= config.room
+        assert 4 * kernel.Plan(config).words <= 227 * 1024
+        assert not config.apart or tokens <= 65535  # the second axis of a grid
+
+
+def test_the_kernel_and_its_checker_agree():
+    assert kernel.LARGEST == lowering.LARGEST
+    assert max(c.blocks * (c.room - kernel.TILE) for c in kernel.configs(FLASH) if not c.apart) >= kernel.LARGEST
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({}, True),
+        (dict(dtype=torch.float32), "bfloat16"),
+        (dict(h=65), "at most 64"),
+        (dict(d=48), "48 channels"),
+        (dict(E=lowering.LARGEST + 1), "more than"),
+    ],
+    ids=str,
+)
+def test_the_checker_says_why_not(change, reason):
+    verdict = lowering.fits_the_kernel(meta(**change))
+    assert verdict is True if reason is True else reason in verdict
+
+
+def meta(dtype=torch.bfloat16, h=64, d=128, E=4096):
+    from types import SimpleNamespace
+
+    q, keys = torch.empty(1, 1, h, d, dtype=dtype, device="meta"), torch.empty(1, E, d, dtype=dtype, device="meta")
+    w, visible = torch.empty(1, 1, h, device="meta"), torch.empty(1, 1, dtype=torch.int64, device="meta")
+    return SimpleNamespace(q=q, keys=keys, w=w, visible=visible, k=512)
+
+
+def builds():
+    everything = os.environ.get("DSV4_TEST_CONFIGS") == "all"
+    chosen = (
+        kernel.configs(FLASH) if everything else [kernel.Config(8, 2048, 8, False), kernel.Config(8, 8192, 32, True)]
+    )
+    return [(FLASH, c) for c in chosen]
+
+
+@pytest.mark.parametrize(("shape", "config"), builds(), ids=str)
+def test_it_compiles_without_a_gpu_and_does_not_spill(shape, config):
+    """All configurations on demand: DSV4_TEST_CONFIGS=all."""
+    _, facts = kernel.KERNEL.build(shape, config, "sm_90a")
+    assert facts["kernels"] and all(k["stack"] == 0 for k in facts["kernels"].values()), facts
+
+
+# On a GPU
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+on_a_gpu = lambda f: gpu[0](gpu[1](f))  # noqa: E731
+
+
+def case(B=1, T=1, h=64, d=128, E=1000, seed=0, shared=False):
+    """Small whole numbers: scores are exact in any order of their sums, and many are equal. `keys` is a part of a pool."""
+    g = torch.Generator("cuda").manual_seed(seed)
+    whole = lambda low, high, *shape: torch.randint(low, high, shape, generator=g, device="cuda")  # noqa: E731
+    q, pool = whole(-2, 3, B, T, h, d).bfloat16(), whole(-1, 2, B, E + 1, d).bfloat16()
+    w = whole(-2, 3, B, T, h).float() / 4
+    visible = whole(0, E + 1, 1 if shared else B, T)
+    visible[..., -1] = E
+    return q, pool[:, :-1], w, visible
+
+
+def best(q, keys, w, visible, k):
+    """In ascending order, -1 at the end; of equal scores the lower entries."""
+    E = keys.shape[1]
+    out = torch.full((*q.shape[:2], k), -1, device="cuda")
+    for b in range(q.shape[0]):
+        for t in range(q.shape[1]):
+            n = int(visible[b % len(visible), t])
+            score = w[b, t] @ torch.relu(q[b, t].float() @ keys[b].float().T)
+            pick = score[:n].sort(descending=True, stable=True).indices[:k].sort().values
+            out[b, t, : len(pick)] = pick
+    assert E >= k
+    return out
+
+
+@on_a_gpu
+@pytest.mark.parametrize("k", [1, 3, 512, 1000])
+@pytest.mark.parametrize("E", [1, 15, 16, 17, 513, 1000, 2048, 5000, 33_000, 262_144])
+def test_the_best_entries_and_of_equal_ones_the_lower(E, k, poisoned):
+    for seed, (B, T, shared) in enumerate([(1, 1, False), (3, 1, False), (2, 2, True), (8, 1, False)]):
+        args = case(B, T, E=E, seed=seed, shared=shared)
+        for _ in range(3):
+            assert torch.equal(indexer(*args, min(k, E)), best(*args, min(k, E)))
+
+
+@on_a_gpu
+@pytest.mark.parametrize(("h", "d"), [(1, 32), (5, 64), (16, 32), (33, 96), (64, 128)])
+def test_other_sizes(h, d, poisoned):
+    args = case(2, 3, h, d, 3001)
+    assert torch.equal(indexer(*args, 100), best(*args, 100))
+
+
+@on_a_gpu
+@pytest.mark.parametrize("config", list(kernel.configs(FLASH)), ids=str)
+def test_every_configuration(config):
+    for E in (700, 2000, 9000, 40_000):
+        if not config.covers(E):
+            continue
+        q, keys, w, visible = args = case(3, 1, E=E)
+        out = torch.full((3, 512), -7, device="cuda")
+        flat = q.view(3, 64, 128), keys, w.view(3, 64), visible.view(-1)
+        kernel.run(FLASH, config, *flat, out, 1)
+        assert torch.equal(out.view(3, 1, 512), best(*args, 512)), E
+
+
+@on_a_gpu
+@pytest.mark.parametrize("E", [2048, 40_000])
+def test_a_captured_call_reads_how_many_entries_are_seen(E):
+    args = case(2, 1, E=E)
+    indexer(*args, 512)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = indexer(*args, 512)
+    for n in (0, 1, 511, 512, 513, E // 2 + 1, E):
+        for a, b in zip(args, case(2, 1, E=E, seed=n), strict=True):
+            a.copy_(b)
+        args[-1][0] = n
+        for _ in range(2):
+            got.fill_(-7)
+            graph.replay()
+            assert torch.equal(got, best(*args, 512)), n
+
+
+@on_a_gpu
+@pytest.mark.parametrize("E", [3000, 50_000])
+def test_scores_that_differ_little(E):
+    """Of random numbers: only entries whose scores are equal in fp32, nearly, may stand for each other."""
+    q, keys, w = torch.randn(2, 1, 64, 128), torch.randn(2, E, 128), torch.randn(2, 1, 64) * 64**-0.5
+    q, keys, w = q.bfloat16().cuda(), keys.bfloat16().cuda(), w.cuda()
+    visible = torch.tensor([[E], [E - 5]], device="cuda")
+    pick = indexer(q, keys, w, visible, 512)
+    for b in range(2):
+        n = int(visible[b, 0])
+        score = w[b, 0].double() @ torch.relu(q[b, 0].double() @ keys[b, :n].double().T)
+        chosen = torch.zeros(n, dtype=torch.bool, device="cuda")
+        chosen[pick[b, 0]] = True
+        assert int(chosen.sum()) == 512 and score[chosen].min() >= score[~chosen].max() - 1e-4
