@@ -1,12 +1,14 @@
 """A decode step of four layers at DeepSeek-V4 Flash's real sizes, layer by layer, every contender on the same weights.
 
-    python -m benchmarks.layer [--formats bf16,fp4] [--arms eager,inductor,ours] [--context 8192] [--json FILE]
+    python -m benchmarks.layer [--formats bf16,fp4] [--arms hf-eager,hf-inductor,eager,inductor,ours] [--context 8192]
+                               [--json FILE]
 
 The layers are SWA with hash routing, CSA, HCA, CSA, both mHC sites included; weights are random, and so is what the state
 remembers of `--context` tokens. One sequence. "inductor" and "ours" are one CUDA graph a step; launches and times of a
 layer are read off a profile of its replays, marks between the layers telling them apart, and the times are scaled so that
 they add up to the time of a step outside the profiler. The floor of a layer is what it must read at the read bandwidth
-measured in the same run. `--small` runs the same on tiny sizes, on a CPU too.
+measured in the same run. `--small` runs the same on tiny sizes, on a CPU too. "hf-": Hugging Face's model on the same
+weights, in bf16, with a static cache; errors of those arms are against "hf-eager", as their caches remember other numbers.
 """
 
 import argparse
@@ -31,11 +33,13 @@ KINDS = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_
 LAYERS = KINDS[0], KINDS[1], KINDS[2], KINDS[1]
 NAMES = "SWA, hash", "CSA", "HCA", "CSA again"
 FORMATS = {"bf16": ("none", "none"), "fp4": ("fp8", "mxfp4")}  # of dense weights and experts
+HF = "hf-"
 ARMS: dict[str, dict[str, Any] | None] = {
     "eager": None,
     "inductor": {"mode": "decode", "passes": "none"},
     "ours": {"mode": "decode"},
 }
+ARMS |= {f"{HF}{name}": how for name, how in ARMS.items()}
 MARK = "bessel_j0"  # a kernel that nothing else launches
 STEPS = 12  # compared; the last ones are timed
 
@@ -214,14 +218,26 @@ def layers_of(call: list[tuple[str, float, float]]) -> Iterator[tuple[int, float
         yield len(part), part[-1][2] - part[0][1], sum(b - a for _, a, b in part)
 
 
-def run_arm(name: str, model: DSV4, context: int, clock: Clock, inner: dict[str, Any]) -> dict[str, Any]:
+def contender(name: str, ours: DSV4, context: int) -> tuple[Callable[..., Tensor], Any, Any]:
+    """A step, its model, and where it begins."""
+    if not name.startswith(HF):
+        return step, ours, Loop.start(state_of(ours, context, 512), 1)
+    from benchmarks import layer_hf
+
+    model = layer_hf.model_of(ours, [marked.layer for marked in ours.layers], torch.ops.dsv4_benchmark.mark)
+    return layer_hf.step, model, layer_hf.HFLoop.start(model, context, 512)
+
+
+def run_arm(name: str, ours: DSV4, context: int, clock: Clock, inner: dict[str, Any]) -> dict[str, Any]:
     """Logits of the first steps, time of a step, launches and times by layer."""
     torch._dynamo.reset()
+    gc.collect()  # the last arm's model
+    if clock.on_gpu:
+        torch.cuda.empty_cache()
     how = ARMS[name]
-    call: Any = step
+    call, model, loop = contender(name, ours, context)
     if how is not None:
-        call = torch.compile(step, backend="dsv4", options=how | inner, dynamic=False, fullgraph=True)
-    loop = Loop.start(state_of(model, context, 512), 1)
+        call = torch.compile(call, backend="dsv4", options=how | inner, dynamic=False, fullgraph=True)
     start, logits = perf_counter(), []
     for n in range(STEPS):
         loop.token.fill_(n + 1)
@@ -283,12 +299,14 @@ def main() -> None:
             floors = [must_read(layer, config, s, ask.context) / bandwidth * 1e6 for layer, s in pairs]
             table = Table(f"{format}, context {ask.context}", "step, us", "launches", "compile, s", "error", *NAMES)
             table.add_row("floor", "", "", "", "", *(f"{f:.0f} us" for f in floors))
-            want = None
+            want: dict[bool, Tensor] = {}
             for arm in ask.arms.split(","):
+                if arm.startswith(HF) and format != "bf16":
+                    continue
                 found = run_arm(arm, model, ask.context, clock, {"inner": ask.inner} if ask.inner else {})
                 logits = found.pop("logits")
-                want = logits if want is None else want
-                found |= {"format": format, "error": error(logits, want), "floor_us": floors}
+                found |= {"format": format, "floor_us": floors}
+                found["error"] = error(logits, want.setdefault(arm.startswith(HF), logits))
                 results.append(found)
                 parts = (f"{r['us']:.0f} us, {r['launches']} ({r['busy_us']:.0f} busy)" for r in found["layers"])
                 numbers = f"{found['step_us']:.0f}", f"{found['launches']}", f"{found['compile_s']:.0f}"
