@@ -26,7 +26,8 @@ PACKAGE = reference_model.__name__
 FILES = ("layers", "model")
 KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
 KEPT = {"__init__", "_apply", "check", "new_state", "allocate", "draft", "predict", "join", "of", "parts"}  # functions
-ONCE = {"extend", "put", "next", "of"}  # calls that do something: their order and number stay
+# Calls that do something, or that lead to some: their order and number stay.
+ONCE = {"extend", "put", "next", "of", "compressor", "indexer", "score", "attn", "region", "layer", "run"}
 
 
 @dataclass
@@ -311,8 +312,8 @@ def load(name: str, trees: dict[str, ast.Module], **names: Any) -> types.ModuleT
 class Writer(ast.NodeTransformer):
     """Other words for some of the expressions of one function; keeps what it did."""
 
-    def __init__(self, rng: random.Random, share: float, only: str | None = None):
-        self.rng, self.share, self.only, self.done = rng, share, only, []
+    def __init__(self, rng: random.Random, share: float, only: str | None = None, avoid: str = "nothing"):
+        self.rng, self.share, self.only, self.avoid, self.done = rng, share, only, avoid, []
 
     def visit(self, node: Any) -> Any:
         if isinstance(node, ast.FunctionDef) and node.name in KEPT:
@@ -322,7 +323,8 @@ class Writer(ast.NodeTransformer):
         number = node.number
         if self.rng.random() < self.share:
             fitting = [(r, found) for r in rules() if (found := r.applies(node, facts())) is not None]
-            choices = [(o, found) for r, found in fitting for o in r.others if self.only in (None, o)]
+            words = [(o, found) for r, found in fitting for o in r.others if self.only in (None, o)]
+            choices = [(o, found) for o, found in words if not re.search(self.avoid, o)]
             if choices:
                 return self.put(*self.rng.choice(choices), number)
         node = self.generic_visit(node)
@@ -384,10 +386,11 @@ class Variant:
         return "".join(linecache.getlines(self.module.__file__))
 
 
-def variant(seed: int, share: float = 0.35, only: str | None = None) -> Variant:
-    """`share`: how many of the expressions that could be written otherwise are. `only`: by these words alone."""
+def variant(seed: int, share: float = 0.35, only: str | None = None, avoid: str = "nothing") -> Variant:
+    """`share`: how many of the expressions that could be written otherwise are. `only`: by these words alone; `avoid`: not
+    by words that hold this."""
     rng = random.Random(seed)
-    writer = Writer(rng, 1.0 if only else share, only)
+    writer = Writer(rng, 1.0 if only else share, only, avoid)
     trees = {}
     for name, tree in sources().items():
         new = trees[name] = writer.visit(copy.deepcopy(tree))

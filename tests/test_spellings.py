@@ -34,7 +34,7 @@ sys.modules["spellings"] = spellings
 SPEC.loader.exec_module(spellings)
 
 TRIALS = int(os.environ.get("DSV4_SPELLINGS", "10"))
-GAPS = {5: "an indexer and an output projection whose products einsum lays out otherwise"}  # right, but not all found
+PROPERTY = r"\.(mT|T)\b"  # of a parameter, in a nested region: torch's Dynamo (2.13) stops with "Freevar has no source"
 CASES = list(itertools.product(spellings.KINDS, (19, 1), ("moe", "hash_moe")))  # layer, tokens, router
 
 
@@ -114,15 +114,13 @@ def otherwise(variant, case):
 def test_other_words_raise_the_same_ops(seed):
     case = CASES[seed % len(CASES)]
     _, tokens, state, want, expected = usual(case)
-    variant = spellings.variant(seed)
+    through_dynamo = seed % 10 == 4
+    variant = spellings.variant(seed, avoid=PROPERTY if through_dynamo else "nothing")
     assert len(variant.done) > 30
     model = otherwise(variant, case)
     torch.testing.assert_close(model(tokens, copy.deepcopy(state)), want, rtol=1e-5, atol=1e-5)  # the words are right
-    logits, report = (compiled if seed % 10 == 4 else rewritten)(model, tokens, state)
+    logits, report = (compiled if through_dynamo else rewritten)(model, tokens, state)
     close(logits, want)
     found = ops(report)
     told = "\n".join(map(str, report.misses))
-    if seed in GAPS:
-        assert expected - found and told, f"found after all: {GAPS[seed]}"
-        return
     assert found == expected, f"lost {expected - found}, more {found - expected}\n{told}\nwords: {variant.done}"
