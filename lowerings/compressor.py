@@ -74,3 +74,31 @@ def _(c, z, index, weight, cos, sin, eps, overlap):
     cos, sin = (t.reshape(B * n, -1).index_select(0, closed) for t in (cos, sin))
     out[closed] = norm_rope(e, weight, cos, sin, eps)
     return out.view(B, n, d)
+
+
+# On a GPU
+
+DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # of the weight
+
+
+def fits_the_kernel(a) -> bool | str:
+    """What kernels/compressor.py is written for."""
+    R, d = a.index.shape[-1], a.weight.shape[0]
+    if any(t.dtype != torch.float32 for t in (a.c, a.z, a.cos, a.sin)) or a.weight.dtype not in DTYPES:
+        return "values, gates and angles must be float32, the weight bfloat16 or float32"
+    if not isinstance(R, int) or not isinstance(d, int) or d % 4 or not 0 < d <= 4096 or R < 1:
+        return f"windows of {R} rows, {d} channels: a multiple of 4 is needed, 4096 at most"
+    return True
+
+
+@compressor.on("cuda", arch="sm_90+", when=fits_the_kernel)
+def _(c, z, index, weight, cos, sin, eps, overlap):
+    from dsv4_compile.kernels.compressor import Shape, launch
+
+    B, n, R = index.shape
+    d = weight.shape[0]
+    out = torch.empty(B, n, d, dtype=c.dtype, device=c.device)
+    if out.numel():
+        shape = Shape(d, R, 2 * cos.shape[-1], overlap, DTYPES[weight.dtype])
+        launch(shape, *(t.contiguous() for t in (c, z, index, weight, cos, sin)), out, eps)
+    return out

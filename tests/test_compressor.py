@@ -99,3 +99,35 @@ def test_the_worked_example_of_overlapping_windows():
 @pytest.mark.parametrize("overlap", [True, False])
 def test_opcheck(overlap):
     torch.library.opcheck(compressor.target, case(overlap=overlap))
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(B=1, S=9, n=1, d=512, dr=64, open_windows=0),
+        dict(B=1, S=9, n=1, d=512, dr=64, open_windows=1),
+        dict(B=3, S=40, n=7, d=128, dr=64, m=4),
+        dict(B=2, S=300, n=3, d=512, dr=64, m=128, overlap=False, missing=77),
+        dict(B=2, n=4, d=20, dr=6, m=3, missing=5),
+        dict(B=1, n=2, d=132, dr=132, m=1, overlap=False),
+        dict(B=2, n=0, d=20, dr=6, open_windows=0),
+    ],
+    ids=str,
+)
+def test_the_kernel_is_the_meaning(shape, weight, kernel_parity):
+    def drawn(seed):
+        args = list(case(**shape, seed=seed)) if shape.get("n") else empty(**shape)
+        args[3] = args[3].to(weight)
+        return args
+
+    kernel_parity(compressor, *drawn(0), others=drawn(1), rtol=2e-4, atol=2e-4)
+
+
+def empty(B, n, d, dr, open_windows):
+    c, z, index, w, cos, sin, *rest = case(B=B, n=1, d=d, dr=dr)
+    return [c, z, index[:, :0], w, cos[:, :0], sin[:, :0], *rest]

@@ -1,0 +1,156 @@
+"""The compressor: a block has a window, a thread four channels of it; softmax over the window's rows, RMSNorm, RoPE."""
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float32, Int32, const_expr
+
+from dsv4_compile.kernel import Kernel, fake, stream
+from dsv4_compile.kernels import warps as of_warp
+
+VECTOR = 4  # channels of a thread
+DTYPES = {"bf16": BFloat16, "fp32": Float32}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Windows of `rows` rows; d channels, a multiple of 4, at most 4096, of which the last `rope` are turned in pairs.
+    overlap: rows have 2 d, the older half of a window gives the first d, the newer the last. weight: its dtype."""
+
+    d: int
+    rows: int
+    rope: int
+    overlap: bool
+    weight: str
+
+    @property
+    def threads(self) -> int:
+        return -(-self.d // (VECTOR * 32)) * 32
+
+
+@dataclass(frozen=True)
+class Config:
+    """at_once: rows whose numbers are asked for together."""
+
+    at_once: int
+
+
+class Compressor:
+    def __init__(self, shape: Shape, config: Config):
+        self.d, self.rows, self.rope, self.overlap = shape.d, shape.rows, shape.rope, shape.overlap
+        self.threads, self.at_once, self.weight = shape.threads, config.at_once, DTYPES[shape.weight]
+
+    @cute.jit
+    def __call__(self, c, z, index, weight, cos, sin, out, eps: Float32, stream):
+        self.kernel(c, z, index, weight, cos, sin, out, eps).launch(
+            grid=[out.shape[0] * out.shape[1], 1, 1], block=[self.threads, 1, 1], stream=stream
+        )
+
+    @cute.kernel
+    def kernel(self, c, z, index, weight, cos, sin, out, eps):
+        v, _, _ = cute.arch.thread_idx()
+        window, _, _ = cute.arch.block_idx()
+        batch, w = window // out.shape[1], window % out.shape[1]
+        entry = cute.make_rmem_tensor((VECTOR,), Float32)
+        entry.fill(0.0)
+        if index[batch, w, self.rows - 1] >= 0:  # else open: rows are absent from the old end only, or all of them
+            if v < self.d // VECTOR:
+                self.collect(c, z, index, batch, w, v, entry)
+            squares = (entry.load() * entry.load()).reduce(cute.ReductionOp.ADD, init_val=0.0, reduction_profile=0)
+            squares = self.over_threads(squares, v)
+            if v < self.d // VECTOR:
+                scaled = cute.make_rmem_tensor((VECTOR,), self.weight)
+                cute.autovec_copy(cute.zipped_divide(weight, (VECTOR,))[None, v], scaled)
+                r = cute.math.rsqrt(squares / Float32(self.d) + eps)
+                entry.store(entry.load() * r * scaled.load().to(Float32))
+                for p in cutlass.range_constexpr(0, VECTOR, 2):
+                    place = v * VECTOR + p - (self.d - self.rope)
+                    if place >= 0:
+                        cosine, sine = cos[batch, w, place // 2], sin[batch, w, place // 2]
+                        a, b = entry[p], entry[p + 1]
+                        entry[p] = a * cosine - b * sine
+                        entry[p + 1] = a * sine + b * cosine
+        if v < self.d // VECTOR:
+            cute.autovec_copy(entry, cute.zipped_divide(out[batch, w, None], (VECTOR,))[None, v])
+
+    @cute.jit
+    def collect(self, c, z, index, batch, w, v, entry):
+        """entry = sum over rows of softmax(z) c; the largest gate so far keeps the exponentials small."""
+        n, half = self.at_once, self.rows // 2
+        top = cute.make_rmem_tensor((VECTOR,), Float32)
+        total = cute.make_rmem_tensor((VECTOR,), Float32)
+        top.fill(-1e30)
+        total.fill(0.0)
+        for first in cutlass.range(0, self.rows, n, unroll=1):
+            values = cute.make_rmem_tensor((VECTOR, n), Float32)
+            gates = cute.make_rmem_tensor((VECTOR, n), Float32)
+            values.fill(0.0)
+            gates.fill(-cutlass.Float32.inf)
+            for i in cutlass.range_constexpr(n):
+                place = first + i
+                row = Int32(-1)
+                if place < self.rows:
+                    row = Int32(index[batch, w, place])
+                if row >= 0:
+                    at = v
+                    if const_expr(self.overlap):
+                        at = v if place < half else v + self.d // VECTOR
+                    cute.autovec_copy(cute.zipped_divide(c[batch, row, None], (VECTOR,))[None, at], values[None, i])
+                    cute.autovec_copy(cute.zipped_divide(z[batch, row, None], (VECTOR,))[None, at], gates[None, i])
+            for j in cutlass.range_constexpr(VECTOR):
+                highest = top[j]
+                for i in cutlass.range_constexpr(n):
+                    highest = cute.arch.fmax(highest, gates[j, i])
+                less = cute.math.exp(top[j] - highest)
+                top[j] = highest
+                entry[j] = entry[j] * less
+                total[j] = total[j] * less
+                for i in cutlass.range_constexpr(n):
+                    share = cute.math.exp(gates[j, i] - highest)
+                    total[j] = total[j] + share
+                    entry[j] = entry[j] + share * values[j, i]
+        for j in cutlass.range_constexpr(VECTOR):
+            entry[j] = entry[j] * of_warp.inverse(total[j])
+
+    @cute.jit
+    def over_threads(self, x, thread):
+        """The sum over the block."""
+        x = cute.arch.warp_reduction(x, operator.add)
+        if const_expr(self.threads > 32):
+            count = self.threads // 32
+            of_warps = cutlass.memory.SmemAllocator().allocate_tensor(Float32, cute.make_layout((count,)), 16)
+            if thread % 32 == 0:
+                of_warps[thread // 32] = x
+            cute.arch.barrier()
+            x = Float32(0.0)
+            if thread % 32 < count:
+                x = of_warps[thread % 32]
+            x = cute.arch.warp_reduction(x, operator.add)
+        return x
+
+
+def program(shape: Shape, config: Config):
+    """c, z [B, S, C] fp32, index [B, n, rows] int64, weight [d], cos and sin [B, n, rope / 2] fp32 -> out [B, n, d] fp32."""
+    B, S, n, d = cute.sym_int(), cute.sym_int(), cute.sym_int(), shape.d
+    wide = lambda: fake(Float32, B, S, (1 + shape.overlap) * d)  # noqa: E731
+    table = lambda: fake(Float32, B, n, shape.rope // 2, align=4)  # noqa: E731
+    index = fake(cutlass.Int64, B, n, shape.rows, align=8)
+    weight = fake(DTYPES[shape.weight], d, align=VECTOR * DTYPES[shape.weight].width // 8)
+    arguments = (wide(), wide(), index, weight, table(), table(), fake(Float32, B, n, d), Float32(0.0), stream())
+    return Compressor(shape, config), arguments
+
+
+def configs(shape: Shape) -> Iterator[Config]:
+    for at_once in (8, 4):
+        yield Config(at_once)
+
+
+KERNEL = Kernel("compressor", __file__, program, configs)
+
+
+def launch(shape: Shape, *arguments) -> None:
+    """See `program`."""
+    KERNEL.launcher(shape)(*arguments)
