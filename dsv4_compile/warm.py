@@ -100,22 +100,34 @@ def compiling_for(arch: str) -> Iterator[None]:
 def survey(
     config: "DSV4Config", arch: str, batch: int, tokens: Iterable[int], max_len: int, dtype: torch.dtype
 ) -> Survey:
-    """The kernels of calls of so many tokens each (1: decode) by a model of this config, computing in `dtype`."""
+    """The kernels of calls of so many tokens each by a model of this config, computing in `dtype`; 1: a whole step of
+    decoding, the choice of the next token included."""
     from .lowerings import OPS
     from .patterns import RULES
-    from .reference_model import DSV4
+    from .reference_model import DSV4, Loop, decode_step
 
     found = Survey()
     with torch.device("meta"):
-        model = DSV4(config).to("meta", dtype).eval().requires_grad_(False)  # some of it is made on the CPU
+        model = DSV4(one_of_each(config)).to("meta", dtype).eval().requires_grad_(False)  # some is made on the CPU
     with compiling_for(arch), torch.no_grad():
         for count in tokens:
             torch._dynamo.reset()
             manager = Asking(Config(inner="eager"), RULES, OPS, found)
-            forward = torch.compile(model, backend=partial(look, manager), dynamic=False, fullgraph=True)
-            forward(torch.zeros(batch, count, dtype=torch.int64, device="meta"), model.new_state(batch, max_len))
+            how: dict[str, Any] = dict(backend=partial(look, manager), dynamic=False, fullgraph=True)
+            state = model.new_state(batch, max_len)
+            if count == 1:
+                torch.compile(decode_step, **how)(model, Loop.start(state, 0))
+            else:
+                torch.compile(model, **how)(torch.zeros(batch, count, dtype=torch.int64, device="meta"), state)
     torch._dynamo.reset()
     return found
+
+
+def one_of_each(config: "DSV4Config") -> "DSV4Config":
+    """The config of a model with one layer of each kind, in their order: layers of a kind launch the same kernels."""
+    kinds = list(dict.fromkeys(zip(config.layer_types, config.mlp_layer_types, strict=True)))
+    layers, experts = zip(*kinds, strict=True)
+    return config.replace(num_hidden_layers=len(kinds), layer_types=layers, mlp_layer_types=experts)
 
 
 def look(manager: PassManager, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

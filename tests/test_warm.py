@@ -13,6 +13,8 @@ from dsv4_compile.cache.store import Store
 from dsv4_compile.kernel import collecting
 from dsv4_compile.kernels import router
 
+CSA, HCA = "compressed_sparse_attention", "heavily_compressed_attention"
+
 
 def one_layer(**change) -> DSV4Config:
     fields = dict(num_hidden_layers=1, layer_types=("sliding_attention",), mlp_layer_types=("moe",))
@@ -31,7 +33,15 @@ def test_a_survey_names_the_kernels_of_a_model():
     found = warm.survey(config, "sm_90a", 1, [1], 64, torch.bfloat16)
     assert not found.unknown, found.unknown
     shapes = {w.kernel: w.shape for w in found.wanted}
-    assert shapes["router"] == router.Shape(12, 3) and "mhc_pre" in shapes
+    assert shapes["router"] == router.Shape(12, 3) and "mhc_boundary" in shapes
+
+
+def test_layers_of_a_kind_are_looked_at_once():
+    few = warm.one_of_each(DSV4Config.flash())
+    assert few.layer_types == ("sliding_attention", CSA, HCA, CSA) and few.num_hidden_layers == 4
+    assert few.mlp_layer_types == ("hash_moe", "hash_moe", "moe", "moe")
+    assert few.replace(num_hidden_layers=43) != few and few.hidden_size == 4096
+    assert warm.one_of_each(few) == few
 
 
 def test_what_was_built_is_in_the_cache_and_is_not_built_again(tmp_path, monkeypatch):
