@@ -1,0 +1,79 @@
+"""scripts/gpu-check: what it starts, what becomes of it, what it leaves. Nothing here needs a GPU."""
+
+import sys
+from argparse import Namespace
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def script():
+    loader = SourceFileLoader("gpu_check", str(ROOT / "scripts" / "gpu-check"))
+    loaded = module_from_spec(spec_from_loader("gpu_check", loader))
+    sys.modules["gpu_check"] = loaded  # where dataclasses look for it
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    loader.exec_module(loaded)
+    sys.dont_write_bytecode = before
+    return loaded
+
+
+@pytest.fixture
+def check(script, tmp_path):
+    def made(**given):
+        usual = dict(report=tmp_path / "report", budget=60.0, packages=None, cache=None, most=512.0, layers="", ops="")
+        return script.Check(Namespace(**(usual | dict(only=script.STAGES) | given)))
+
+    return made
+
+
+def test_jobs_succeed_fail_and_run_out_of_time(script, check):
+    run = check()
+    jobs = [
+        script.Job("facts", name, c, 0.5)
+        for name, c in dict(good="echo 7 passed", bad="exit 3", slow="sleep 9").items()
+    ]
+    assert [run.run(job) for job in jobs] == [True, False, False]
+    assert [j.result for j in jobs] == ["ok", "failed (3)", "ran out of time"] and jobs[0].last == "7 passed"
+    assert "| good | ok |" in run.summary() and (run.report / "good.log").read_text() == "7 passed\n"
+    late = check(budget=0.0)
+    assert not late.run(script.Job("facts", "late", "true")) and late.jobs[0].result == "no time was left"
+
+
+def test_a_sanitizer_that_does_not_run_here_is_told_apart_from_one_that_found_something(script, check):
+    run = check()
+    said = {"none": "echo Device not supported; exit 1", "found": "echo ======== ERROR SUMMARY: 2 errors; exit 1"}
+    for name, command in said.items():
+        run.run(script.Job("memcheck", name, command))
+    assert {j.name: (j.result, j.last) for j in run.jobs} == {
+        "none": ("refused by this machine", "Device not supported"),
+        "found": ("failed (1)", "ERROR SUMMARY: 2 errors"),
+    }
+
+
+def test_what_waits_for_a_failed_job_does_not_run(script, check):
+    run = check()
+    run.chain([script.Job("memcheck", "first", "false"), script.Job("racecheck", "second", "true")])
+    assert [j.name for j in run.jobs] == ["first"]
+
+
+def test_what_is_carried_is_bounded(check, tmp_path, capsys):
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "large.whl").write_bytes(bytes(3 << 20))
+    run = check(packages=tmp_path / "packages", most=2.0)
+    assert not run.install() and not run.jobs
+    assert "MiB, at most 2.0" in capsys.readouterr().out
+
+
+def test_every_file_with_gpu_tests_and_every_stage_is_run(script, check, tmp_path):
+    run = check(cache=tmp_path / "flash.tar")
+    jobs = [job for chain in run.together() for job in chain] + run.alone()
+    assert {j.stage for j in jobs} == set(script.STAGES) - {"install"}
+    with_gpu = {f.stem[5:] for f in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in f.read_text()}
+    assert {j.name.removeprefix("parity_") for j in jobs if j.stage == "parity"} == with_gpu
+    few = check(only=["ops"])
+    assert [j for chain in few.together() for j in chain] == [] and [j.name for j in few.alone()] == ["ops"]
