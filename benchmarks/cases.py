@@ -272,7 +272,7 @@ class Cases:
             yield Case(f"experts, {name}", moe, lambda f=format: stored(f), few)
 
         def grouped() -> Inputs:
-            count = chosen().flatten().bincount(minlength=X)
+            count = (chosen().flatten().unsqueeze(-1) == torch.arange(X, device=self.device)).sum(0)
             return self.x(N * k, D), self.stacked(I, D, format="none")[0], count.cumsum(0)
 
         def first(args: Inputs) -> tuple[Inputs, int]:

@@ -24,14 +24,15 @@ from dsv4_compile.op import Op
 from dsv4_compile.reference_model import DSV4Config
 from dsv4_compile.warm import Wanted, build_all, on_gpu
 
-SIZES = {(1, 1): (torch.bfloat16,), (3, 1): (torch.bfloat16, torch.float32), (1, 40): (torch.bfloat16,)}
+Sizes = dict[tuple[int, int], tuple[torch.dtype, ...]]  # numbers of requests and of their tokens, and the dtypes
 Call = tuple[str, Op, dict[str, Any]]
+SIZES: Sizes = {(1, 1): (torch.bfloat16,), (3, 1): (torch.bfloat16, torch.float32), (1, 40): (torch.bfloat16,)}
 
 
-def calls(device: torch.device) -> Iterator[Call]:
-    """A name, an op and all its arguments: for some numbers of requests and tokens, in the dtypes that kernels take."""
-    for (B, T), dtypes in SIZES.items():
-        for case in Cases(DSV4Config.nano(), B, T, device):
+def calls(config: DSV4Config, sizes: Sizes, device: torch.device) -> Iterator[Call]:
+    """A name, an op and all its arguments."""
+    for (B, T), dtypes in sizes.items():
+        for case in Cases(config, B, T, device):
             given = case.op.arguments(*case.make())
             for dtype in dtypes:
                 plain = lambda a: isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16  # noqa: E731
@@ -39,18 +40,15 @@ def calls(device: torch.device) -> Iterator[Call]:
                 yield f"{case.what}, {B}x{T}, {dtype}", case.op, cast
 
 
-def wanted() -> dict[Wanted, None]:
-    """The kernels that these calls launch; nothing is launched."""
-    found: dict[Wanted, None] = {}
-    for _, op, given in calls(torch.device("cpu")):
-        with FakeTensorMode(), collecting() as launches:
+def launches(config: DSV4Config, sizes: Sizes) -> list[tuple[Kernel, Any, Any]]:
+    """The kernels that these calls launch, each with its shape and configuration; nothing is launched or allocated."""
+    with FakeTensorMode(), collecting() as found:
+        for _, op, given in calls(config, sizes, torch.device("cpu")):
             moved = {name: on_gpu(a) for name, a in given.items()}
             claimed, _ = op.claim(moved)
             if claimed is not None and claimed.device == "cuda":
                 claimed.run(*moved.values())
-        for kernel, shape, config in launches:
-            found[Wanted(f"dsv4_compile.kernels.{Path(kernel.file).stem}", kernel.name, shape, config)] = None
-    return found
+    return list(dict.fromkeys(found))
 
 
 def all_kernels() -> set[str]:
@@ -58,11 +56,13 @@ def all_kernels() -> set[str]:
     return {k.name for module in modules for k in vars(module).values() if isinstance(k, Kernel)}
 
 
-def build(needed: dict[Wanted, None]) -> list[str]:
+def build(needed: list[tuple[Kernel, Any, Any]]) -> list[str]:
     """What could not be built."""
-    modules = {w: vars(importlib.import_module(w.module)).values() for w in needed}
-    of = {w: next(k for k in found if isinstance(k, Kernel) and k.name == w.kernel) for w, found in modules.items()}
-    absent = [w for w in needed if STORE.peek(of[w].key(w.shape, w.config)) is None]
+    absent = [
+        Wanted(f"dsv4_compile.kernels.{Path(kernel.file).stem}", kernel.name, shape, config)
+        for kernel, shape, config in needed
+        if STORE.peek(kernel.key(shape, config)) is None
+    ]
     failed: list[str] = []
     if absent:
         jobs = min(len(absent), len(os.sched_getaffinity(0)))
@@ -72,17 +72,19 @@ def build(needed: dict[Wanted, None]) -> list[str]:
 
 def main() -> int:
     torch.manual_seed(0)
-    needed = wanted()
-    missed, failed = all_kernels() - {w.kernel for w in needed}, build(needed)
+    config = DSV4Config.nano()
+    needed = launches(config, SIZES)
+    reached, failed = {kernel.name for kernel, _, _ in needed}, build(needed)
+    missed = all_kernels() - reached
     bad, many = [], 0
-    for name, op, given in calls(torch.device("cuda")):
+    for name, op, given in calls(config, SIZES, torch.device("cuda")):
         claimed, _ = op.claim(given)
         if claimed is not None:
             out, many = op.target(*given.values()), many + 1
             torch.cuda.synchronize()
             if not all(o.isfinite().all() for o in (out if isinstance(out, tuple) else (out,))):
                 bad.append(name)
-    print(f"{many} calls, {len(needed)} kernels of {len({w.kernel for w in needed})} kinds; not finite: {bad}")
+    print(f"{many} calls, {len(needed)} kernels of {len(reached)} kinds; not finite: {bad}")
     print(f"no call reaches: {sorted(missed)}; not built: {failed}")
     return 1 if bad or missed or failed else 0
 
