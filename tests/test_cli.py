@@ -84,7 +84,7 @@ def test_report_holds_what_was_measured(done) -> None:
     report = json.loads(file.read_text())
     assert set(report) == {
         *("sites", "counts", "compile_s", "first_token_s", "prefill_tok_s", "decode_tok_s"),
-        *("max_logit_error", "choices_changed", "bits_per_byte", "recompiles"),
+        *("max_logit_error", "median_logit_error", "p99_logit_error", "choices_changed", "bits_per_byte", "recompiles"),
     }
     assert report["recompiles"] == 0
     assert 0 < report["first_token_s"] and 0 < report["compile_s"]
@@ -134,6 +134,7 @@ def test_a_wrong_forward_is_seen(model: DSV4) -> None:
         decoded = measure.decoding(runner, forwards, list(b"prompt"), list(b"and more"), lambda: None)
         read = measure.reading(runner, forwards, [([256, 65], [65, 66])], 2, lambda: None)
     assert decoded.error["compiled"] == pytest.approx(0.5, abs=1e-4)
+    assert decoded.median["compiled"] == pytest.approx(0.5, abs=1e-4) and decoded.tail["eager"] == 0
     assert read.error["compiled"] == pytest.approx(0.5, abs=1e-4)
     assert measure.distance(torch.tensor([math.nan]), torch.zeros(1)) != 0
 

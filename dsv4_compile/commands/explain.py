@@ -88,7 +88,7 @@ def described(
 
 
 def content(report: "Report") -> dict[str, Any]:
-    """A report as JSON takes it: counts, kinds of layer with their rows, near misses, diffs."""
+    """A report as JSON takes it: counts, kinds of layer with their rows and what no rewrite took, near misses, diffs."""
     from ..reporting.table import kinds
 
     return {
@@ -101,6 +101,7 @@ def content(report: "Report") -> dict[str, Any]:
                 "layers": list(kind.layers),
                 "seconds": kind.seconds,
                 "ops": [asdict(row) | {"sizes": dict(row.sizes)} for row in kind.rows],
+                "left": [asdict(part) for part in kind.left],
             }
             for kind in kinds(report)
         ],

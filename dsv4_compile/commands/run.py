@@ -225,6 +225,8 @@ class Job:
             "prefill_tok_s": by_contender(prefill_rates),
             "decode_tok_s": by_contender(rates),
             "max_logit_error": max(read.error["compiled"], decoded.error["compiled"]),
+            "median_logit_error": decoded.median["compiled"],
+            "p99_logit_error": decoded.tail["compiled"],
             "choices_changed": read.changed["compiled"],
             "bits_per_byte": read.bits_per_byte,
             "recompiles": self.recompiles,

@@ -74,6 +74,8 @@ class Screen:
         row("decode, tokens/s", result["decode_tok_s"], ".1f")
         table.add_section()
         row("max logit error, same choices", result["max_logit_error"], ".1e")
+        row("median, decoding", result["median_logit_error"], ".1e")
+        row("99th percentile, decoding", result["p99_logit_error"], ".1e")
         row("other experts chosen", result["choices_changed"], ".2%")
         row("bits per byte", result["bits_per_byte"], ".4f")
         self.out.print(table)

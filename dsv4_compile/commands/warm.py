@@ -26,6 +26,9 @@ def warm(
     max_len: Annotated[int, Option(help="Positions of a state; at most the model's context.")] = 8192,
     dtype: Annotated[str, Option(help="Compute dtype.")] = "bfloat16",
     jobs: Annotated[int, Option(help="Processes.")] = max(len(os.sched_getaffinity(0)) - 1, 1),
+    candidates: Annotated[
+        bool, Option("--candidates", help="Also the configurations that autotune=full tries, up to 16 a kernel.")
+    ] = False,
 ) -> None:
     """Find the kernels that a model needs, and build those that the cache does not hold."""
     from .inputs import DTYPES, InputError
@@ -36,7 +39,7 @@ def warm(
         counts = [int(t) for t in tokens.split(",") if t.strip().isdigit()]
         if not counts or min(*counts, batch, max_len, jobs) < 1:
             raise InputError("--tokens, --batch, --max-len and --jobs: expected numbers of at least 1")
-        failed = prepare(config_of(config), arch, batch, counts, max_len, DTYPES[dtype], jobs)
+        failed = prepare(config_of(config), arch, batch, counts, max_len, DTYPES[dtype], jobs, candidates)
     if failed:
         raise typer.Exit(1)
 
@@ -57,7 +60,14 @@ def config_of(name: str) -> "DSV4Config":
 
 
 def prepare(
-    config: "DSV4Config", arch: str, batch: int, counts: list[int], max_len: int, dtype: "torch.dtype", jobs: int
+    config: "DSV4Config",
+    arch: str,
+    batch: int,
+    counts: list[int],
+    max_len: int,
+    dtype: "torch.dtype",
+    jobs: int,
+    candidates: bool,
 ) -> int:
     """Survey, build, tell -> how many kernels could not be built or are not known."""
     from ..warm import Wanted, build_all, survey
@@ -65,7 +75,8 @@ def prepare(
 
     screen, built = Screen(), {True: 0, False: 0}
     with screen.step("tracing the model") as step:
-        found = survey(config, arch, batch, counts, min(max_len, config.max_position_embeddings), dtype)
+        longest = min(max_len, config.max_position_embeddings)
+        found = survey(config, arch, batch, counts, longest, dtype, candidates)
     for op, why in found.unknown.items():
         screen.note(f"dsv4::{op}: its kernels are not known ({why})")
     errors: list[str] = []
