@@ -18,7 +18,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint32, const_expr
 
-from dsv4_compile.kernel import Kernel, fake, of_tokens, rounded, stream
+from dsv4_compile.kernel import Kernel, fake, rounded, stream
 from dsv4_compile.kernels import warps as of_warp
 
 BINS = 2048
@@ -27,16 +27,19 @@ TILE = 16  # entries of a warp's product
 SCORERS = 8  # warps of a block that scores: more would not find the registers
 SMS = 132  # processors that the cost model reckons with
 SHARED = 227 * 1024 - 1024
-MOST = 1 << 22  # scores that are written: 16 MB
+MOST, MANY = 1 << 22, 1 << 12  # scores that are written: 16 MB; of so many tokens
 LARGEST = 319488  # entries that a cluster has room for
 
 
 @dataclass(frozen=True)
 class Shape:
-    """heads: at most 64. d: channels, a multiple of 32 and at most 128."""
+    """heads: at most 64. d: channels, a multiple of 32 and at most 128. weights: their dtype. rope: trailing channels of the
+    queries to turn first, in pairs, a multiple of 8, or 0."""
 
     heads: int
     d: int
+    weights: str = "fp32"
+    rope: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,20 +98,20 @@ def sortable(x: Float32) -> Int32:
 
 class Program:
     def __init__(self, shape: Shape, config: Config):
-        self.h, self.d = shape.heads, shape.d
+        self.h, self.d, self.rope = shape.heads, shape.d, shape.rope
         self.tiles, self.lines = -(-shape.heads // 8), shape.d // 32  # of 8 heads, of 32 channels
         self.blocks, self.room, self.apart = config.blocks, config.room, config.apart
         self.warps, self.threads = config.warps, 32 * config.warps
         self.plan = Plan(config)
 
     @cute.jit
-    def __call__(self, q, keys, w, visible, scores, out, T: Int32, width: Int32, stream):
+    def __call__(self, q, keys, w, visible, cos, sin, scores, out, T: Int32, width: Int32, stream):
         N = q.shape[0]
         if const_expr(self.apart):
-            self.write_scores(q, keys, w, visible, scores, out.shape[1], T).launch(
+            self.write_scores(q, keys, w, visible, cos, sin, scores, out.shape[1], T).launch(
                 grid=[width, N, 1], block=[32 * SCORERS, 1, 1], min_blocks_per_mp=1, stream=stream
             )
-        self.select(q, keys, w, visible, scores, out, T).launch(
+        self.select(q, keys, w, visible, cos, sin, scores, out, T).launch(
             grid=[self.blocks * N, 1, 1],
             block=[self.threads, 1, 1],
             cluster=[self.blocks, 1, 1],
@@ -124,7 +127,7 @@ class Program:
     # Scores
 
     @cute.kernel
-    def write_scores(self, q, keys, w, visible, scores, k, T):
+    def write_scores(self, q, keys, w, visible, cos, sin, scores, k, T):
         thread, _, _ = cute.arch.thread_idx()
         block, token, _ = cute.arch.block_idx()
         width, _, _ = cute.arch.grid_dim()
@@ -134,17 +137,31 @@ class Program:
             warp = cute.arch.make_warp_uniform(thread // 32)
             weights = cutlass.memory.SmemAllocator().allocate_tensor(Float32, cute.make_layout((64,)), 128)
             first, last, step = block * SCORERS + warp, cute.ceil_div(n, TILE), width * SCORERS
-            self.score(q, keys, w, weights, token, T, first, last, step, scores[token, None], 0)
+            self.score(
+                q,
+                keys,
+                w,
+                cos,
+                sin,
+                weights,
+                token,
+                T,
+                first,
+                last,
+                step,
+                cute.recast_tensor(scores[token, None], Float32),
+                0,
+            )
 
     @cute.jit
-    def score(self, q, keys, w, weights, token, T, first, last, step, target, skip):
+    def score(self, q, keys, w, cos, sin, weights, token, T, first, last, step, target, skip):
         """Tiles `first`, `first + step`, ... below `last`, into target[entry - skip]; the next tile is on its way."""
         thread, _, _ = cute.arch.thread_idx()
         lane, request = cute.arch.lane_idx(), token // T
         here = self.load(keys, request, first, lane)
-        heads = self.queries(q, token, lane)
+        heads = self.queries(q, cos, sin, token, lane)
         if thread < 64:
-            weights[thread] = w[token, thread] if thread < self.h else Float32(0.0)
+            weights[thread] = w[token, thread].to(Float32) if thread < self.h else Float32(0.0)
         cute.arch.barrier()
         for tile in cutlass.range(first, last, step, unroll=1):
             coming = self.load(keys, request, tile + step, lane)
@@ -163,13 +180,33 @@ class Program:
         return part
 
     @cute.jit
-    def queries(self, q, token, lane):
+    def queries(self, q, cos, sin, token, lane):
         """Of all heads, channels as `load` has them; beyond the last head that one again."""
         heads = cute.make_rmem_tensor((8, self.lines, self.tiles), BFloat16)
         for t in cutlass.range_constexpr(self.tiles):
             row = cute.zipped_divide(q[token, cutlass.min(8 * t + lane // 4, self.h - 1), None], (8,))
             for s in cutlass.range_constexpr(self.lines):
                 cute.autovec_copy(row[None, 4 * s + lane % 4], heads[None, s, t])
+        if const_expr(self.rope > 0):
+            first = self.d - self.rope
+            for s in cutlass.range_constexpr(self.lines):
+                if const_expr(32 * s + 32 > first):
+                    angle = (32 * s + 8 * (lane % 4) - first) // 2
+                    cosines, sines = cute.make_rmem_tensor((4,), Float32), cute.make_rmem_tensor((4,), Float32)
+                    cosines.fill(1.0)
+                    sines.fill(0.0)
+                    if angle >= 0:
+                        for p in cutlass.range_constexpr(4):
+                            cosines[p] = cos[token % cos.shape[0], angle + p]
+                            sines[p] = sin[token % cos.shape[0], angle + p]
+                    for t in cutlass.range_constexpr(self.tiles):
+                        x = cute.make_rmem_tensor((8,), Float32)
+                        x.store(heads[None, s, t].load().to(Float32))
+                        for p in cutlass.range_constexpr(4):
+                            a, b = x[2 * p], x[2 * p + 1]
+                            x[2 * p] = a * cosines[p] - b * sines[p]
+                            x[2 * p + 1] = a * sines[p] + b * cosines[p]
+                        heads[None, s, t].store(x.load().to(BFloat16))
         return heads
 
     @cute.jit
@@ -209,7 +246,7 @@ class Program:
     # The best
 
     @cute.kernel
-    def select(self, q, keys, w, visible, scores, out, T):
+    def select(self, q, keys, w, visible, cos, sin, scores, out, T):
         thread, _, _ = cute.arch.thread_idx()
         place, _, _ = cute.arch.block_idx()
         rank, token = place % self.blocks, place // self.blocks
@@ -218,6 +255,8 @@ class Program:
         start = room.iterator.toint()
         n = self.seen(visible, keys, token)
         if n <= k:
+            if const_expr(self.apart):
+                cute.arch.griddepcontrol_wait()  # the launches behind this one rely on it
             for i in cutlass.range(rank * self.threads + thread, k, self.blocks * self.threads):
                 out[token, i] = Int64(i) if i < n else Int64(-1)
         else:
@@ -228,14 +267,14 @@ class Program:
             mine = cutlass.max(cutlass.min(n - first, share), 0)
             if const_expr(self.apart):
                 cute.arch.griddepcontrol_wait()
-                self.fetch(scores[token, None], first, mine, room, thread)
+                self.fetch(cute.recast_tensor(scores[token, None], Float32), first, mine, room, thread)
             else:
                 warp = cute.arch.make_warp_uniform(thread // 32)
                 tile, last = first // TILE, (first + mine + TILE - 1) // TILE
                 weights = cute.make_tensor(
                     cute.recast_ptr(room.iterator + plan.weights, dtype=Float32), cute.make_layout((64,))
                 )
-                self.score(q, keys, w, weights, token, T, tile + warp, last, self.warps, room, first)
+                self.score(q, keys, w, cos, sin, weights, token, T, tile + warp, last, self.warps, room, first)
             self.everybody()  # counts are zero, scores are there
             shift, prefix, need = self.threshold(k, mine, room, start, thread)
             self.write_chosen(out[token, None], rank, first, mine, shift, prefix, need, room, start, thread)
@@ -377,16 +416,20 @@ class Program:
 
 
 def program(shape: Shape, config: Config):
-    """q [N, h, d], keys [B, E, d] bf16, w [N, h] fp32, visible [V] int64 (token n reads place n mod V), scores [N, E'] fp32
-    with E' >= E a multiple of 16, to work in, or None -> out [N, k] int64; T, tokens of a request: N = B T; width: blocks of
-    the launch that scores. More than blocks (room - 16) entries have no room."""
+    """q [N, h, d], keys [B, E, d] bf16, w [N, h], visible [V] int64 (token n reads place n mod V), cos and sin [P, rope / 2]
+    fp32 (token n reads row n mod P) or None, scores [N, S] int64, in which 2 S >= E fp32 numbers find room, S a multiple of
+    8, or None -> out [N, k] int64; T, tokens of a request: N = B T; width: blocks of the launch that scores. More than
+    blocks (room - 16) entries have no room."""
     N, B = cute.sym_int(), cute.sym_int()
+    table = fake(Float32, cute.sym_int(), shape.rope // 2, align=4) if shape.rope else None
     arguments = (
         fake(BFloat16, N, shape.heads, shape.d),
         fake(BFloat16, B, cute.sym_int(), shape.d),
-        fake(Float32, N, shape.heads, align=4),
+        fake(BFloat16 if shape.weights == "bf16" else Float32, N, shape.heads, align=4),
         fake(Int64, cute.sym_int(), align=8),
-        fake(Float32, N, cute.sym_int()) if config.apart else None,
+        table,
+        table,
+        fake(Int64, N, cute.sym_int()) if config.apart else None,
         fake(Int64, N, cute.sym_int(), align=8),
         Int32(1),
         Int32(1),
@@ -421,7 +464,11 @@ def estimate(shape: Shape, config: Config, tokens: int, entries: int) -> float:
 def rank(shape: Shape, work: tuple[int, ...]) -> list[Config]:
     """Those with room for so many entries, best first for so many tokens."""
     tokens, entries = work
-    found = [c for c in configs(shape) if c.covers(entries) and (not c.apart or tokens * entries <= MOST)]
+    found = [
+        c
+        for c in configs(shape)
+        if c.covers(entries) and (not c.apart or (tokens <= MANY and tokens * entries <= MOST))
+    ]
     tight = [c for c in found if not any(c.room > o.room and c.blocks == o.blocks for o in found)]
     return sorted(tight, key=lambda config: estimate(shape, config, tokens, entries))
 
@@ -429,17 +476,17 @@ def rank(shape: Shape, work: tuple[int, ...]) -> list[Config]:
 KERNEL = Kernel("indexer", __file__, program, configs, rank)
 
 
-def launch(shape: Shape, q, keys, w, visible, out, T: int) -> None:
+def launch(shape: Shape, q, keys, w, visible, cos, sin, out, T: int) -> None:
     """See `program`."""
-    tokens, entries = len(q), keys.shape[1]
-    config = KERNEL.choice(shape, (of_tokens(tokens), min(rounded(entries), LARGEST)))
-    run(shape, config, q, keys, w, visible, out, T)
+    tokens, entries = 1 << max(0, len(q) - 1).bit_length(), keys.shape[1]  # no result depends on the configuration
+    config = KERNEL.choice(shape, (tokens, min(rounded(entries), LARGEST)))
+    run(shape, config, q, keys, w, visible, cos, sin, out, T)
 
 
-def run(shape: Shape, config: Config, q, keys, w, visible, out, T: int) -> None:
+def run(shape: Shape, config: Config, q, keys, w, visible, cos, sin, out, T: int) -> None:
     """In this configuration, with room for it to work in."""
     scores, width, tiles = None, 1, -(-keys.shape[1] // TILE)
     if config.apart:
-        scores = w.new_empty(len(q), tiles * TILE)
+        scores = out.new_empty(len(q), tiles * TILE // 2)
         width = max(1, min(-(-tiles // SCORERS), SMS // len(q)))
-    KERNEL.launcher(shape, config)(q, keys, w, visible, scores, out, T, width)
+    KERNEL.launcher(shape, config)(q, keys, w, visible, cos, sin, scores, out, T, width)

@@ -5,20 +5,33 @@ from functools import reduce
 import torch
 import torch.nn.functional as F
 
+from dsv4_compile.lowerings.attention import of_tokens, rotary
+from dsv4_compile.lowerings.rope import rope
 from dsv4_compile.op import Cost, Tensor, acc, at_least, known, op
 
 BLOCK = 1 << 18  # scores of single heads at a time: they stay in a core's L2 cache
 
 
 @op("dsv4::indexer")
-def indexer(q: Tensor, keys: Tensor, w: Tensor, visible: Tensor, k: int) -> Tensor:
+def indexer(
+    q: Tensor,
+    keys: Tensor,
+    w: Tensor,
+    visible: Tensor,
+    k: int,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> Tensor:
     """The k entries with the best sum_h w[h] relu(q[h] . key), among those that a query may see; -1 where there are fewer.
 
-    q [B, T, h, d], keys [B, E, d], w [B, T, h] (with all scales in it), visible [B or 1, T] integers: entries 0 to
+    q [B, T, h, d], keys [B, E, d], w [B, T, h] (up to a positive factor of all), visible [B or 1, T] integers: entries 0 to
     visible - 1 may be seen; k <= E. Scores are in at least fp32. Returns [B, T, k] int64, a set: its order says nothing.
     Where equal scores compete for the last places, torch.topk chooses in the meaning, the lower entry wins elsewhere.
+    With cos and sin [B, T, 1, dr/2], B or T of them possibly 1, the queries are turned first: `rope(q, cos, sin)`.
     Source: DeepSeek-V4, indexer.
     """
+    if cos is not None and sin is not None:
+        return indexer(rope(q, cos, sin, False), keys, w, visible, k)
     s = F.relu(acc(q) @ acc(keys).mT.unsqueeze(1))
     score = (s * acc(w).unsqueeze(-1)).sum(-2)
     seen = visible.unsqueeze(-1)
@@ -40,8 +53,12 @@ def _(a):
     return dict(B=B, T=T, h=h, d=d, E=a.keys.shape[1])
 
 
-@indexer.on("cpu", worth=at_least(16, rows=lambda a: a.q.shape[0] * a.q.shape[1]))
-def _(q, keys, w, visible, k):
+def not_turned(a) -> bool | str:
+    return a.cos is None or "turned by loops that Inductor makes"
+
+
+@indexer.on("cpu", when=not_turned, worth=at_least(16, rows=lambda a: a.q.shape[0] * a.q.shape[1]))
+def _(q, keys, w, visible, k, cos=None, sin=None):
     """A block of queries at a time, and of the entries only those that some query of the block sees; no score at all where
     they fit into the list. 512 queries, 8 heads of 32, 512 entries, k = 64, one core: 6 ms against 54 in eager PyTorch, which
     copies the keys for every query, and 21 compiled."""
@@ -79,20 +96,23 @@ def best(score: Tensor, k: int) -> Tensor:
 # On a GPU
 
 LARGEST = 319488  # entries for which the kernel has room
+DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # of the weights
 
 
 def fits_the_kernel(a) -> bool | str:
     """What kernels/indexer.py is written for."""
-    if a.q.dtype != torch.bfloat16 or a.keys.dtype != torch.bfloat16 or a.w.dtype == torch.float64:
-        return "queries and keys must be bfloat16, weights at most float32"
+    if a.q.dtype != torch.bfloat16 or a.keys.dtype != torch.bfloat16 or a.w.dtype not in DTYPES:
+        return "queries and keys must be bfloat16, weights bfloat16 or float32"
     h, d = a.q.shape[2:]
     if not isinstance(h, int) or not isinstance(d, int) or h > 64 or d % 32 or d > 128:
         return f"{h} heads of {d} channels: at most 64 of 32, 64, 96 or 128"
+    if rotary(a) % 8:
+        return f"{rotary(a)} channels are turned: a multiple of 8 is needed"
     return known(a.keys.shape[1] <= LARGEST) or f"more than {LARGEST} entries, or nobody knows how many"
 
 
 @indexer.on("cuda", arch="sm_90+", when=fits_the_kernel)
-def _(q, keys, w, visible, k):
+def _(q, keys, w, visible, k, cos=None, sin=None):
     """The entries in ascending order, -1 at the end; of equal scores at the end of the list the lower entries."""
     from dsv4_compile.kernels.indexer import Shape, launch
 
@@ -100,6 +120,16 @@ def _(q, keys, w, visible, k):
     out = torch.empty(B, T, k, dtype=torch.int64, device=q.device)
     if out.numel():
         rows = keys if keys.stride(2) == 1 and keys.stride(1) == d and keys.stride(0) % 8 == 0 else keys.contiguous()
-        flat = q.reshape(B * T, h, d).contiguous(), rows, w.reshape(B * T, h).float().contiguous()
-        launch(Shape(h, d), *flat, visible.reshape(-1).long().contiguous(), out.view(B * T, k), T)
+        shape = Shape(h, d, DTYPES[w.dtype], 0 if cos is None else 2 * cos.shape[-1])
+        launch(
+            shape,
+            q.reshape(B * T, h, d).contiguous(),
+            rows,
+            w.reshape(B * T, h).contiguous(),
+            visible.reshape(-1).long().contiguous(),
+            None if cos is None else of_tokens(cos, B, T),
+            None if sin is None else of_tokens(sin, B, T),
+            out.view(B * T, k),
+            T,
+        )
     return out

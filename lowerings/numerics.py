@@ -354,7 +354,13 @@ CONTRACTS: dict[str, Contract] = {
         ("int64",),
         ties="any; the lower entry where an implementation runs",
         sets=True,
-        draws={"q": Facing(queries=True), "keys": Facing(), "visible": Counts("keys", 1)},
+        draws={
+            "q": Facing(queries=True),
+            "keys": Facing(),
+            "visible": Counts("keys", 1),
+            "cos": Uniform(-1, 1),
+            "sin": Uniform(-1, 1),
+        },
     ),
     "attention": Contract(
         ("q",),

@@ -80,6 +80,7 @@ RULES: tuple[Rule, ...] = (
     prologue.keys,
     prologue.queries_of_heads,
     prologue.keys_of_one_head,
+    indexer.turned_and_weighted,
     indexer.weighted,
     indexer.scaled_and_weighted,
     append.written,

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from dsv4_compile.lowerings.indexer import indexer
+from dsv4_compile.lowerings.rope import rope
 from dsv4_compile.match import Int, Made, Match, Scalar, T, rule
 
 # 5 queries of 6 heads with 7 channels, 11 entries, of which 4 are picked
@@ -24,6 +25,26 @@ def visible_scores(s, w, visible):
 
 def products(q, keys):
     return F.relu(q @ keys.transpose(-1, -2).unsqueeze(1))
+
+
+def without_factor(match: Match) -> bool | str:
+    """A positive factor of all weights changes no order."""
+    return match.arguments.pop("factor") > 0 or "weights times a positive number"
+
+
+@rule(
+    indexer,
+    name="fuse.indexer",
+    anchor="topk",
+    example=[case | dict(cos=T(3, 5, 1, 2), sin=T(3, 5, 1, 2)) for case in (SEEN, SEEN_ALIKE)],
+    check=without_factor,
+    shared=MASK,
+)
+def turned_and_weighted(q, cos, sin, keys, w, visible, k: Int, factor: Scalar):
+    visible = visible.unsqueeze(-1)
+    s = products(rope(q, cos, sin, False), keys)
+    pick = visible_scores(s, w * factor, visible).topk(k, -1).indices
+    return torch.where(pick < visible, pick, -1)
 
 
 @rule(indexer, name="fuse.indexer", anchor="topk", example=[SEEN, SEEN_ALIKE], shared=MASK)

@@ -419,6 +419,7 @@ changed("indexer", "the newest visible entry is hidden", visible=lambda a: (a["v
 changed("indexer", "an entry that is not complete", visible=lambda a: (a["visible"] + 1).clamp(max=a["keys"].shape[1]))
 changed("indexer", "heads weigh alike", w=lambda a: torch.ones_like(a["w"]))
 changed("indexer", "worst first", w=lambda a: -a["w"])
+changed("indexer", "queries turned back", sin=lambda a: None if a["sin"] is None else -a["sin"])
 
 
 @fault("indexer")

@@ -1,12 +1,15 @@
 """The indexer: the op against scores in fp64, and what raises to it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dsv4_compile.lowerings.indexer import indexer
+from dsv4_compile.lowerings.indexer import indexer, not_turned
+from dsv4_compile.reference_model.layers import rope as turned
 
 
 def case(B, T, h, d, E, dtype=torch.float64, seed=0, shared=False):
@@ -83,7 +86,7 @@ def test_strides_do_not_matter_and_the_op_is_sound():
     q, keys, w, visible = case(2, 5, 3, 4, 11, torch.float32)
     spread = [torch.stack([x, x], -1)[..., 0] for x in (q, keys, w)]
     assert torch.equal(indexer(*spread, visible, 4), indexer(q, keys, w, visible, 4))
-    torch.library.opcheck(indexer.target, (q, keys, w, visible, 4))
+    torch.library.opcheck(indexer.target, (q, keys, w, visible, 4, None, None))
 
 
 def test_costs_are_those_of_the_products():
@@ -120,6 +123,39 @@ def test_both_spellings_raise(rewritten, dtype, change, shape):
     result, report = rewritten(f, *args)
     assert report.runs == {("indexer", "cpu"): 1}
     assert torch.equal(result.sort(-1).values, f(*args).sort(-1).values)
+
+
+class Turned(nn.Module):
+    """Queries are turned and weights scaled by `factor`, as in the model."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, q, keys, w, visible, cos, sin):
+        return pick_of(turned(q, cos, sin), keys, w.float() * self.factor, visible)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factor", [0.3, -0.3])
+def test_turned_queries_and_scaled_weights_are_the_ops_own(factor, dtype, rewritten, monkeypatch):
+    q, keys, w, visible = case(2, 5, 16, 12, 11, dtype)
+    angle, seen = torch.randn(2, 5, 1, 3), []
+    args = q, keys, w.to(dtype), visible, angle.cos(), angle.sin()
+
+    def claims(a):
+        seen.append((a.cos is not None, a.q.dtype, a.w.dtype))
+        return not_turned(a)
+
+    monkeypatch.setattr(indexer, "implementations", [replace(i, when=claims) for i in indexer.implementations])
+    result, report = rewritten(Turned(factor), *args)
+    own = factor > 0  # else the order is another one
+    assert report.counts["indexer"] == 1 and report.runs[("indexer", "cpu")] == 1
+    assert seen[0] == (own, dtype, dtype if own else torch.float32)
+    assert seen[0] == seen[-1] or seen[-1] == (False, dtype, dtype)
+    want = Turned(factor)(*args)
+    if dtype == torch.float32:
+        assert torch.equal(result.sort(-1).values, want.sort(-1).values)
 
 
 def test_positions_that_all_rows_share_and_a_symbolic_length(rewritten):

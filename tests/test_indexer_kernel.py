@@ -2,6 +2,7 @@
 
 import os
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ if find_spec("cutlass") is None:
 from dsv4_compile.kernels import indexer as kernel
 from dsv4_compile.lowerings import indexer as lowering
 from dsv4_compile.lowerings.indexer import indexer
+from dsv4_compile.lowerings.rope import rope
 
-FLASH = kernel.Shape(64, 128)
+FLASH, TURNED = kernel.Shape(64, 128), kernel.Shape(64, 128, "bf16", 64)
 SIZES = [1, 17, 2048, 8191, 32768, 100_000, 262_144, lowering.LARGEST]
 
 
@@ -42,6 +44,7 @@ def test_the_kernel_and_its_checker_agree():
         (dict(h=65), "at most 64"),
         (dict(d=48), "48 channels"),
         (dict(E=lowering.LARGEST + 1), "more than"),
+        (dict(dr=12), "12 channels are turned"),
     ],
     ids=str,
 )
@@ -50,12 +53,11 @@ def test_the_checker_says_why_not(change, reason):
     assert verdict is True if reason is True else reason in verdict
 
 
-def meta(dtype=torch.bfloat16, h=64, d=128, E=4096):
-    from types import SimpleNamespace
-
+def meta(dtype=torch.bfloat16, h=64, d=128, E=4096, dr=64):
     q, keys = torch.empty(1, 1, h, d, dtype=dtype, device="meta"), torch.empty(1, E, d, dtype=dtype, device="meta")
     w, visible = torch.empty(1, 1, h, device="meta"), torch.empty(1, 1, dtype=torch.int64, device="meta")
-    return SimpleNamespace(q=q, keys=keys, w=w, visible=visible, k=512)
+    cos = sin = torch.empty(1, 1, 1, dr // 2, device="meta")
+    return SimpleNamespace(q=q, keys=keys, w=w, visible=visible, k=512, cos=cos, sin=sin)
 
 
 def builds():
@@ -63,7 +65,7 @@ def builds():
     chosen = (
         kernel.configs(FLASH) if everything else [kernel.Config(8, 2048, 8, False), kernel.Config(8, 8192, 32, True)]
     )
-    return [(FLASH, c) for c in chosen]
+    return [(TURNED, c) for c in chosen]
 
 
 @pytest.mark.parametrize(("shape", "config"), builds(), ids=str)
@@ -121,17 +123,38 @@ def test_other_sizes(h, d, poisoned):
     assert torch.equal(indexer(*args, 100), best(*args, 100))
 
 
+def quarters(B, T, dr, seed=0):
+    """cos and sin [B, T, 1, dr / 2] of quarter turns: whole numbers stay whole."""
+    turns = torch.randint(0, 4, (B, T, 1, dr // 2), generator=torch.Generator().manual_seed(seed)).cuda()
+    return (turns % 2 == 0) * (1.0 - turns), (turns % 2 == 1) * (2.0 - turns)
+
+
 @on_a_gpu
-@pytest.mark.parametrize("config", list(kernel.configs(FLASH)), ids=str)
+@pytest.mark.parametrize(("h", "d", "dr"), [(64, 128, 64), (8, 32, 16), (16, 64, 64), (5, 96, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_queries_are_turned_and_weights_may_be_bf16(h, d, dr, dtype, poisoned):
+    for E in (600, 20_000):
+        for B, T, of in ((2, 1, 2), (1, 3, 1), (2, 2, 1)):
+            q, keys, w, visible = case(B, T, h, d, E)
+            tables = quarters(of, T, dr)
+            turned = rope(q, *tables, False)
+            assert (turned != q).any() and (turned == turned.round()).all()
+            assert torch.equal(
+                indexer(q, keys, w.to(dtype), visible, 100, *tables), best(turned, keys, w, visible, 100)
+            )
+
+
+@on_a_gpu
+@pytest.mark.parametrize("config", list(kernel.configs(TURNED)), ids=str)
 def test_every_configuration(config):
     for E in (700, 2000, 9000, 40_000):
         if not config.covers(E):
             continue
-        q, keys, w, visible = args = case(3, 1, E=E)
-        out = torch.full((3, 512), -7, device="cuda")
-        flat = q.view(3, 64, 128), keys, w.view(3, 64), visible.view(-1)
-        kernel.run(FLASH, config, *flat, out, 1)
-        assert torch.equal(out.view(3, 1, 512), best(*args, 512)), E
+        q, keys, w, visible = case(3, 1, E=E)
+        tables, out = quarters(3, 1, 64), torch.full((3, 512), -7, device="cuda")
+        flat = q.view(3, 64, 128), keys, w.view(3, 64).bfloat16(), visible.view(-1), *(t.view(3, 32) for t in tables)
+        kernel.run(TURNED, config, *flat, out, 1)
+        assert torch.equal(out.view(3, 1, 512), best(rope(q, *tables, False), keys, w, visible, 512)), E
 
 
 @on_a_gpu
