@@ -8,7 +8,8 @@ remembers of `--context` tokens. One sequence. "inductor" and "ours" are one CUD
 layer are read off a profile of its replays, marks between the layers telling them apart, and the times are scaled so that
 they add up to the time of a step outside the profiler. The floor of a layer is what it must read at the read bandwidth
 measured in the same run. `--small` runs the same on tiny sizes, on a CPU too. "hf-": Hugging Face's model on the same
-weights, in bf16, with a static cache; errors of those arms are against "hf-eager", as their caches remember other numbers.
+weights, in bf16, with a static cache; errors of those arms are against "hf-eager", as their caches remember other
+numbers. "tuned": ours, with configurations by timings.
 """
 
 import argparse
@@ -38,6 +39,7 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "eager": None,
     "inductor": {"mode": "decode", "passes": "none"},
     "ours": {"mode": "decode"},
+    "tuned": {"mode": "decode", "autotune": "full"},
 }
 ARMS |= {f"{HF}{name}": how for name, how in ARMS.items()}
 MARK = "bessel_j0"  # a kernel that nothing else launches
@@ -308,20 +310,21 @@ def main() -> None:
                 found |= {"format": format, "floor_us": floors}
                 found["error"] = error(logits, want.setdefault(arm.startswith(HF), logits))
                 results.append(found)
-                parts = (f"{r['us']:.0f} us, {r['launches']} ({r['busy_us']:.0f} busy)" for r in found["layers"])
+                parts = [f"{r['us']:.0f} us, {r['launches']} ({r['busy_us']:.0f} busy)" for r in found["layers"]]
                 numbers = f"{found['step_us']:.0f}", f"{found['launches']}", f"{found['compile_s']:.0f}"
                 table.add_row(arm, *numbers, f"{found['error']:.4f}", *parts)
                 top = found.pop("top")
                 for us, count, kernel in top if ask.top and arm != "eager" else ():
                     console.print(f"  {us:8.1f} us {count:4d} {kernel[:110]}", markup=False, highlight=False)
-                console.print(f"{format} {arm}: {found['step_us']:.0f} us a step", markup=False)
+                said = ", ".join((f"{found['step_us']:.0f} us a step", f"{found['launches']} launches", *parts))
+                console.print(f"{format} {arm}: {said}, error {found['error']:.4f}", markup=False, soft_wrap=True)
+                if ask.json:  # a run may be stopped
+                    ask.json.write_text(json.dumps({"bandwidth": bandwidth, "results": results}, indent=1))
             console.print(table)
             del model, state
             gc.collect()
             if clock.on_gpu:
                 torch.cuda.empty_cache()
-    if ask.json:
-        ask.json.write_text(json.dumps({"bandwidth": bandwidth, "results": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -42,8 +42,10 @@ class Wanted:
 
 @dataclass
 class Survey:
-    """What a model needs: kernels, and why some that it may need are not known, by op."""
+    """What a model needs: kernels, and why some that it may need are not known, by op. candidates: all configurations that
+    tuning would try are wanted too."""
 
+    candidates: bool = False
     wanted: dict[Wanted, None] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
 
@@ -56,18 +58,19 @@ class Asking(PassManager):
         self.survey = survey
 
     def claim(self, op: Op, arguments: dict[str, Any]) -> tuple[Implementation | None, list[str]]:
-        from .kernel import collecting
+        from .kernel import collecting, trying
 
         with unset_fake_temporarily(), FakeTensorMode():
             moved = {name: on_gpu(a) for name, a in arguments.items()}
             implementation, reasons = super().claim(op, moved)
             if implementation is not None and implementation.device == "cuda":
-                with collecting() as launches:
+                with collecting() as launches, trying() as trial:
                     try:
                         implementation.run(*moved.values())
                     except Exception as error:
                         self.survey.unknown[op.name] = f"{type(error).__name__}: {error}"
-                for kernel, shape, config in launches:
+                tried = [(k, shape, c) for k, shape, work in trial.seen for c in k.candidates(shape, work)]
+                for kernel, shape, config in launches + (tried if self.survey.candidates else []):
                     name = f"dsv4_compile.kernels.{Path(kernel.file).stem}"
                     self.survey.wanted[Wanted(name, kernel.name, shape, config)] = None
         return implementation, reasons
@@ -98,7 +101,13 @@ def compiling_for(arch: str) -> Iterator[None]:
 
 
 def survey(
-    config: "DSV4Config", arch: str, batch: int, tokens: Iterable[int], max_len: int, dtype: torch.dtype
+    config: "DSV4Config",
+    arch: str,
+    batch: int,
+    tokens: Iterable[int],
+    max_len: int,
+    dtype: torch.dtype,
+    candidates: bool = False,
 ) -> Survey:
     """The kernels of calls of so many tokens each by a model of this config, computing in `dtype`; 1: a whole step of
     decoding, the choice of the next token included."""
@@ -106,7 +115,7 @@ def survey(
     from .patterns import RULES
     from .reference_model import DSV4, Loop, decode_step
 
-    found = Survey()
+    found = Survey(candidates)
     with torch.device("meta"):
         model = DSV4(one_of_each(config)).to("meta", dtype).eval().requires_grad_(False)  # some is made on the CPU
     with compiling_for(arch), torch.no_grad():

@@ -34,6 +34,9 @@ def test_a_survey_names_the_kernels_of_a_model():
     assert not found.unknown, found.unknown
     shapes = {w.kernel: w.shape for w in found.wanted}
     assert shapes["router"] == router.Shape(12, 3) and "mhc_boundary" in shapes
+    more = warm.survey(config, "sm_90a", 1, [1], 64, torch.bfloat16, candidates=True).wanted.keys()
+    routers = {w.config for w in more if w.kernel == "router"}
+    assert more > found.wanted.keys() and routers == set(router.configs(shapes["router"]))
 
 
 def test_layers_of_a_kind_are_looked_at_once():
