@@ -65,7 +65,7 @@ class Implementation:
     when: Callable[[Any], bool | str] | None
     worth: Callable[[Any], bool | str] | None
     run: Callable[..., Any]
-    in_place: str = ""  # the argument that `write` changes into the output; `run` does so in a copy
+    in_place: tuple[str, ...] = ()  # arguments that `write` changes into the outputs; `run` does so in copies
     write: Callable[..., None] | None = None
 
     @property
@@ -85,8 +85,9 @@ class Implementation:
             return f"needs {self.arch}"
         if self.device == "cuda" and not has_cutedsl():
             return "GPU kernels need nvidia-cutlass-dsl and apache-tvm-ffi"
-        if self.in_place and not arguments[self.in_place].is_contiguous():
-            return f"{self.in_place} is not contiguous"
+        for name in self.in_place:
+            if not arguments[name].is_contiguous():
+                return f"{name} is not contiguous"
         for ask in (self.when, self.worth if if_worth else None):
             if ask is not None and (verdict := ask(SimpleNamespace(**arguments))) is not True:
                 return verdict
@@ -131,7 +132,7 @@ class Op:
     cost_of: Callable[..., Cost] | None = None
     sizes_of: Callable[[Any], dict[str, Any]] | None = None
     known_fakes: dict[Any, Any] = field(default_factory=dict, repr=False)
-    in_place: str = ""  # the argument that `dsv4::<name>_` writes to, if there is such an op
+    in_place: tuple[str, ...] = ()  # the arguments that `dsv4::<name>_` writes to, if there is such an op
 
     @property
     def target(self) -> Any:
@@ -140,7 +141,7 @@ class Op:
 
     @property
     def writing_target(self) -> Any:
-        """The overload of `dsv4::<name>_`: it returns nothing and makes of the argument `in_place` what `target` returns."""
+        """The overload of `dsv4::<name>_`: it returns nothing and makes of the arguments `in_place` what `target` returns."""
         return getattr(torch.ops.dsv4, f"{self.name}_").default
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -191,8 +192,10 @@ class Op:
         implementation, _ = self.claim(arguments)
         if implementation is not None and implementation.write is not None:
             implementation.write(*args)
-        else:
-            arguments[self.in_place].copy_(self.run(*args))
+            return
+        results = self.run(*args)
+        for name, result in zip(self.in_place, results if len(self.outputs) > 1 else (results,), strict=True):
+            arguments[name].copy_(result)
 
     def fake(self, *args: Any) -> Any:
         """Contiguous tensors of the shapes and dtypes that the meaning gives."""
@@ -217,22 +220,24 @@ class Op:
         arch: str | None = None,
         when: Callable[[Any], bool | str] | None = None,
         worth: Callable[[Any], bool | str] | None = None,
-        in_place: str = "",
+        in_place: str | tuple[str, ...] = (),
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Declare an implementation, with the arguments of the meaning. Earlier ones are asked first.
 
-        `in_place` names the argument that it makes into the op's one output, returning nothing. Graphs call it so that
-        Inductor copies the argument first where somebody else still reads it, and not otherwise; eager calls always copy.
+        `in_place` names the arguments that it makes into the op's outputs, in their order, returning nothing. Graphs call it
+        so that Inductor copies an argument first where somebody else still reads it, and not otherwise; eager calls always
+        copy.
         """
+        places = (in_place,) if isinstance(in_place, str) else in_place
         if device not in DEVICES:
             raise BadOp(f"{self.name}.on({device!r}): the devices are {', '.join(DEVICES)}")
-        if in_place:
-            self._writes_to(in_place)
+        if places:
+            self._writes_to(places)
 
         def declare(run: Callable[..., Any]) -> Callable[..., Any]:
-            if in_place:
-                of_copy = partial(_in_a_copy, run, [*self.signature.parameters].index(in_place))
-                new = Implementation(device, arch, when, worth, of_copy, in_place, run)
+            if places:
+                of_copies = partial(_in_copies, run, [[*self.signature.parameters].index(name) for name in places])
+                new = Implementation(device, arch, when, worth, of_copies, places, run)
             else:
                 new = Implementation(device, arch, when, worth, run)
             self.implementations.append(new)
@@ -240,18 +245,21 @@ class Op:
 
         return declare
 
-    def _writes_to(self, argument: str) -> None:
+    def _writes_to(self, arguments: tuple[str, ...]) -> None:
         """Define `dsv4::<name>_`."""
-        if self.in_place == argument:
+        if self.in_place == arguments:
             return
-        mutable, found = re.subn(rf"\bTensor {argument}\b", f"Tensor(a!) {argument}", self.schema)
-        if self.in_place or not found or len(self.outputs) != 1:
+        taken, _, _ = self.schema.partition(" -> ")
+        tensors = [a for a in arguments if re.search(rf"\bTensor {a}\b", taken)]
+        if self.in_place or len(tensors) != len(self.outputs) or len(arguments) != len(self.outputs):
             raise BadOp(
-                f"{self.name}.on(in_place={argument!r}): expected one tensor argument, the same for all implementations, "
-                "of an op with one output"
+                f"{self.name}.on(in_place={arguments}): expected as many tensor arguments, the same for all implementations, "
+                f"as there are outputs ({len(self.outputs)})"
             )
-        self.in_place, name = argument, f"{self.name}_"
-        schema = mutable.replace(self.name, name, 1).replace("-> (Tensor)", "-> ()")
+        for letter, argument in zip("abcdefgh", arguments, strict=False):
+            taken = re.sub(rf"\bTensor {argument}\b", f"Tensor({letter}!) {argument}", taken)
+        self.in_place, name = arguments, f"{self.name}_"
+        schema = taken.replace(self.name, name, 1) + " -> ()"
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, self.write, "CompositeExplicitAutograd")
         torch.library.register_fake(f"dsv4::{name}", lambda *args: None, lib=LIBRARY)
@@ -287,11 +295,14 @@ def hinted(x: Any) -> Any:
     return x.node.hint if isinstance(x, torch.SymInt) else x
 
 
-def _in_a_copy(write: Callable[..., None], place: int, *args: Any) -> Tensor:
-    """What `write` makes of its argument number `place`, which stays as it is."""
-    copy = args[place].clone(memory_format=torch.contiguous_format)
-    write(*args[:place], copy, *args[place + 1 :])
-    return copy
+def _in_copies(write: Callable[..., None], places: list[int], *args: Any) -> Any:
+    """What `write` makes of its arguments number `places`, which stay as they are."""
+    given = list(args)
+    for place in places:
+        given[place] = args[place].clone(memory_format=torch.contiguous_format)
+    write(*given)
+    copies = tuple(given[place] for place in places)
+    return copies if len(copies) > 1 else copies[0]
 
 
 def _metadata(x: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:

@@ -1,7 +1,7 @@
 """Put an op in the place of a match, or say why not. Nothing of the graph changes until everything has been checked."""
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -216,6 +216,12 @@ def inline(graph: fx.Graph, node: Node, op: Op, pieces: dict[str, fx.Graph]) -> 
         before = node.prev
         outs = [contiguous(graph, o, node) for o in graft(graph, pieces[key], list(inputs.values()), node)]
         parts = list(_parts(before, node))
+    replace_outputs(graph, node, op, outs)
+    return parts
+
+
+def replace_outputs(graph: fx.Graph, node: Node, op: Op, outs: Sequence[Node]) -> None:
+    """Put the values `outs` in the place of those that the call of an op gives."""
     if len(op.outputs) == 1:
         node.replace_all_uses_with(outs[0])
     else:
@@ -224,7 +230,6 @@ def inline(graph: fx.Graph, node: Node, op: Op, pieces: dict[str, fx.Graph]) -> 
             item.replace_all_uses_with(outs[index])
             graph.erase_node(item)
     graph.erase_node(node)
-    return parts
 
 
 def distinct(values: list[Any]) -> list[Any]:
@@ -256,19 +261,23 @@ def _parts(before: Node, whole: Node) -> Iterator[Node]:
 
 
 def write_in_place(graph: fx.Graph, node: Node, op: Op) -> None:
-    """Call the op that writes to its argument, in the functional form that Inductor knows: a new value, for which it takes
-    the argument's memory if nobody reads the old value any more."""
+    """Call the op that writes to its arguments, in the functional form that Inductor knows: new values, for which it takes
+    the arguments' memory if nobody reads the old values any more."""
     arguments = op.arguments(*node.args, **node.kwargs)
-    base = arguments.pop(op.in_place)
-    bases = {f"_{op.in_place}_base_index": 0, "_all_bases": [base]}
+    bases = [arguments.pop(name) for name in op.in_place]
+    places = {f"_{name}_base_index": i for i, name in enumerate(op.in_place)}
+    values = value(node) if len(op.outputs) > 1 else (value(node),)
     with graph.inserting_before(node):
-        call = graph.call_function(auto_functionalized_v2, (op.writing_target,), arguments | bases)
-        new = graph.call_function(operator.getitem, (call, 1))
-    call.meta["val"], new.meta["val"] = (None, value(node)), value(node)
-    for made in (call, new):
-        inherit(made, node)
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
+        call = graph.call_function(
+            auto_functionalized_v2, (op.writing_target,), arguments | places | {"_all_bases": bases}
+        )
+        news = [graph.call_function(operator.getitem, (call, 1 + i)) for i in range(len(bases))]
+    call.meta["val"] = (None, *values)
+    for new, made in zip(news, values, strict=True):
+        new.meta["val"] = made
+    for new in (call, *news):
+        inherit(new, node)
+    replace_outputs(graph, node, op, news)
 
 
 def _described(x: Any) -> str:
