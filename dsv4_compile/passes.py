@@ -32,6 +32,7 @@ from .identity import identity
 from .match import Match, NearMiss, Rule
 from .op import DEVICES, Implementation, Op
 from .reporting.report import GraphReport, Report
+from .reporting.unclaimed import unclaimed
 from .tuning import SETTINGS
 
 ROUGHLY = 0.55  # how much of a pattern must be there, differences passed over, for a place to be kept in mind
@@ -132,6 +133,7 @@ class PassManager(CustomGraphPass):
                 for rule in group:
                     self.apply(rules, rule, graph, report)
         report.finish(graph, rules.nearer)
+        report.left = unclaimed(graph)
         with self.compared(graph, LOWER):
             self.lower(graph, report)
             graph.eliminate_dead_code()

@@ -32,5 +32,6 @@ def test_every_site_is_found_at_full_size(name, phase):
     state = [model.new_state(1, 4096)] if phase == "decode" else []
     report = dsv4_compile.explain(model, tokens, *state)
     assert {f: report.counts[f] for f in report.sites} == dict(report.sites), report
+    assert report.unexplained == []
     layers = len(config.layer_types)
     assert report.sites["moe"] == layers and report.sites["mhc_boundary"] == 2 * layers and report.sites["head"] == 1

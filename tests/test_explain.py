@@ -29,6 +29,7 @@ from dsv4_compile.reference_model.model import Router
 from dsv4_compile.reporting import stored
 from dsv4_compile.reporting.roofline import H200, Machine
 from dsv4_compile.reporting.table import AROUND, kinds
+from dsv4_compile.reporting.unclaimed import summed
 
 SWA, HCA = "sliding_attention", "heavily_compressed_attention"
 
@@ -342,3 +343,33 @@ def test_rules_of_one_name_stand_together():
     """A pass is shown before and after as a whole."""
     names = [r.name for r in RULES]
     assert all(names[names.index(n) : names.index(n) + names.count(n)] == [n] * names.count(n) for n in names)
+
+
+# What no rewrite takes
+
+
+def test_what_is_left_to_inductor_has_a_reason_or_is_told(rewritten):
+    def f(x, table, ids, w, b, where):
+        row = table[ids] + x @ w * 3.0  # a lookup, a product, a factor, a join
+        angle = where.float().unsqueeze(-1) * b
+        return torch.cat([row, row.mT.contiguous().mT]), angle.cos(), (where + 1) % 7 < 3, torch.erf(x)
+
+    D = 8
+    _, report = rewritten(
+        f, torch.randn(5, D), torch.randn(9, D), torch.arange(5), torch.randn(D, D), torch.randn(D), torch.arange(5)
+    )
+    (graph,) = report.graphs
+    found = {reason: set(ops) for reason, ops, _ in summed(graph.left)}
+    found.pop("layout", None)
+    assert found == {
+        "product": {"aten.mm"},
+        "lookup": {"aten.index"},
+        "cache": {"aten.cat"},
+        "positions": {"aten.add", "aten.remainder", "aten.lt"},
+        "angles": {"aten.mul", "aten.cos", "prims.convert_element_type"},
+        "join": {"aten.add"},
+        "factor": {"aten.mul"},
+        "": {"aten.erf"},
+    }
+    (erf,) = report.unexplained
+    assert erf.op == "aten.erf" and "test_explain.py" in erf.where

@@ -47,6 +47,7 @@ def tokens_for(model: DSV4, length: int, batch: int = 2) -> torch.Tensor:
 
 def all_found(report) -> None:
     assert report.sites and {f: report.counts[f] for f in report.sites} == dict(report.sites), report
+    assert report.unexplained == []
 
 
 @pytest.mark.parametrize(("name", "phase"), [("nano", "prefill"), ("nano", "decode"), ("tiny", "prefill")])

@@ -80,6 +80,7 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
 
 def all_found(report, model) -> bool:
     wanted = expected(model)
+    assert report.unexplained == []
     return {f: report.counts[f] for f in wanted} == wanted
 
 

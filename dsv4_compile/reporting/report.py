@@ -13,6 +13,7 @@ from ..graphs.instances import module_path
 from ..match import Match, NearMiss
 from ..op import Op
 from .roofline import H200, Machine
+from .unclaimed import Left
 
 NEAR = 0.5  # how much of a pattern the exact search must find for a miss to be told
 CLEAR = 0.6  # the same for a rough miss, in a model of which nothing is known
@@ -65,6 +66,7 @@ class GraphReport:
     checks: list[Check] = field(default_factory=list)  # with the option `verify`
     bodies: Counter[int] = field(default_factory=Counter)  # index of a body -> calls of it from this graph
     layers: list[str] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)  # what no rewrite took
 
     @property
     def runs(self) -> Counter[tuple[str, str]]:
@@ -188,6 +190,11 @@ class Report:
             for key, count in graph.runs.items():
                 total[key] += count * graph.calls
         return total
+
+    @property
+    def unexplained(self) -> list[Left]:
+        """What no rewrite took and the table of reasons does not know."""
+        return [part for g in self.graphs for part in g.left if not part.reason]
 
     @property
     def seconds(self) -> float:

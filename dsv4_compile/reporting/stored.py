@@ -21,6 +21,7 @@ from ..config import Config
 from ..identity import identity
 from ..match import NearMiss
 from .report import GraphReport, Ran, Report, Site
+from .unclaimed import Left
 
 VERSION = 1
 
@@ -91,6 +92,7 @@ def decoded(content: dict[str, Any]) -> Report:
         graph.sites = [Site(**{**s, "absorbs": tuple(s["absorbs"])}) for s in given["sites"]]
         graph.misses = [NearMiss(**m) for m in given["misses"]]
         graph.ran = [Ran(**r) for r in given["ran"]]
+        graph.left = [Left(**part) for part in given["left"]]
         graph.checks = [Check(**c) for c in given["checks"]]
         graph.bodies = Counter({int(i): n for i, n in given["bodies"].items()})
         if not all(0 <= i < len(content["graphs"]) for i in graph.bodies):
@@ -105,6 +107,6 @@ def _plain(x: Any) -> Any:
         return [_plain(i) for i in x]
     if isinstance(x, NearMiss):
         return {f.name: getattr(x, f.name) for f in fields(x) if f.name != "node"}
-    if isinstance(x, (Site, Ran, Check)):
+    if isinstance(x, (Site, Ran, Left, Check)):
         return asdict(x)
     return x

@@ -4,11 +4,15 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from .report import GraphReport, Ran, Report
+from .unclaimed import REASONS, Left, summed
 
 SHOWN = 12
 AROUND = "around the layers"
+LINES = 4  # of the model that are told of one reason
+P = TypeVar("P", Ran, Left)
 _LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")
 
 
@@ -31,11 +35,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Kind:
-    """Layers that were compiled to the same ops."""
+    """Layers that were compiled to the same ops. `left`: what no rewrite took in the first of them."""
 
     name: str
     layers: tuple[str, ...]
     rows: tuple[Row, ...]
+    left: tuple[Left, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -46,14 +51,18 @@ class Kind:
 def kinds(report: Report) -> list[Kind]:
     """The model by kinds of layer, in the order of their first layers; what is in no layer comes last."""
     members: dict[tuple[Row, ...], list[str]] = {}
+    left: dict[tuple[Row, ...], tuple[Left, ...]] = {}
     for graph in report.graphs:
-        for layer, ran in _by_layer(graph).items():
+        remains = _by_layer(graph, graph.left)
+        for layer, ran in _by_layer(graph, graph.ran).items():
             layers = [layer_of(path) for path in graph.layers] or [layer]
-            members.setdefault(_rows(report, graph, ran), []).extend(layers)
+            rows = _rows(report, graph, ran)
+            members.setdefault(rows, []).extend(layers)
+            left.setdefault(rows, tuple(remains.get(layer, ())))
     found = []
     for rows, layers in members.items():
         names = dict.fromkeys(report.kinds[layer] for layer in layers if layer in report.kinds)
-        found.append(Kind(" / ".join(names) or layers[0], tuple(sorted(layers, key=_natural)), rows))
+        found.append(Kind(" / ".join(names) or layers[0], tuple(sorted(layers, key=_natural)), rows, left[rows]))
     return sorted(found, key=lambda k: _natural(k.layers[0]))
 
 
@@ -89,6 +98,10 @@ def _lines(report: Report) -> list[str]:
             "",
             f"least time of these ops on {report.machine.name}: {total * 1e6:.1f} us (roofline; activations as bf16)",
         ]
+    named = {part.reason for kind in found for part in kind.left}
+    if named:
+        reasons = [[name or "?", why] for name, why in REASONS.items() if name in named]
+        lines += ["", *aligned(["left to Inductor", "because"], reasons)]
     if report.checks:
         lines += ["", f"verify: {len(report.checks)} rewrites tried, {len(report.mismatches)} left out as wrong"]
         lines += [f"  {c}" for c in report.checks if c.reason]
@@ -118,7 +131,17 @@ def _kind(kind: Kind) -> list[str]:
         cost = [_number(r.flops, 1e6), _number(r.moved, 1e3), _number(r.seconds, 1e-6), r.bound]
         sizes = " ".join(f"{k}={v:g}" for k, v in r.sizes)
         rows.append([r.op, str(r.times), r.by, *cost, sizes, r.rule, r.where])
-    return [title, *("  " + line for line in aligned(head, rows))]
+    return [title, *("  " + line for line in [*aligned(head, rows), *_left(kind.left)])]
+
+
+def _left(left: Sequence[Left]) -> list[str]:
+    """What Inductor compiles besides."""
+    rows = []
+    for reason, ops, lines in summed(left):
+        counts = ", ".join(f"{op.removeprefix('aten.')} {n}" for op, n in ops.items())
+        at = ", ".join(lines[:LINES]) + (f" and {len(lines) - LINES} more" if len(lines) > LINES else "")
+        rows.append([reason or "?", counts, at])
+    return aligned(["left to Inductor", "ATen ops", "at"], rows) if rows else []
 
 
 def aligned(header: list[str], rows: Sequence[list[str]]) -> list[str]:
@@ -127,11 +150,11 @@ def aligned(header: list[str], rows: Sequence[list[str]]) -> list[str]:
     return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
 
 
-def _by_layer(graph: GraphReport) -> dict[str, list[Ran]]:
-    """A body is one layer, whoever calls it."""
-    parts: dict[str, list[Ran]] = {}
-    for ran in graph.ran:
-        parts.setdefault("" if graph.layers else layer_of(ran.layer), []).append(ran)
+def _by_layer(graph: GraphReport, of: Sequence[P]) -> dict[str, list[P]]:
+    """What a graph did, by layer. A body is one layer, whoever calls it."""
+    parts: dict[str, list[P]] = {}
+    for part in of:
+        parts.setdefault("" if graph.layers else layer_of(part.layer), []).append(part)
     return parts
 
 
