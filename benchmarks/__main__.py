@@ -90,7 +90,8 @@ def parts_run(op: Op, args: Inputs) -> bool:
 def peer(op: Op, args: Inputs) -> Call | None:
     """PyTorch's own op for the same, if it has one: products of plain matrices, norms."""
     if op.name == "rms_norm":
-        return lambda x, weight, eps: F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+        narrow = args[1].to(args[0].dtype)  # once; with a wide weight there is no kernel
+        return lambda x, weight, eps: F.rms_norm(x, weight.shape, narrow, eps)
     if op.name == "unit_norm":
         return lambda x, eps: F.rms_norm(x, x.shape[-1:], None, eps)
     if op.name in ("linear", "grouped_linear") and args[2] is None:

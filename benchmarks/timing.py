@@ -19,7 +19,7 @@ BEYOND_L2 = 200 << 20  # bytes of inputs that a graph goes through
 MOST = 48  # copies of the inputs; where they are too small for it, the cache is swept between calls
 SWEPT = 16  # copies then
 FEW = 4  # copies of what is small beside large tensors
-SHARED = 64 << 20  # bytes; larger tensors are in all copies
+SHARED = 128 << 20  # bytes; larger tensors are in all copies, and alone are more than any cache holds
 ROUNDS = 5
 LONGEST = 0.4  # seconds for the rounds of an arm
 

@@ -69,6 +69,23 @@ def test_what_is_carried_is_bounded(check, tmp_path, capsys):
     assert "MiB, at most 2.0" in capsys.readouterr().out
 
 
+def test_packages_of_a_folder_are_found_wheels_or_not(script, check, tmp_path, monkeypatch):
+    """As `pip install --target` leaves them: a .pth file may name further folders."""
+    packages = tmp_path / "packages"
+    (packages / "inner").mkdir(parents=True)
+    (packages / "more.pth").write_text("inner\n")
+    (packages / "inner" / "carried_module.py").write_text("print('carried')\n")
+    run, commands = check(packages=packages), []
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "run", lambda job: commands.append(job.command) or True)
+        assert run.install()
+        (packages / "a.whl").touch()
+        assert run.install()
+    assert "--target" not in commands[0] and f"--target {run.site} {packages}/*.whl" in commands[1]
+    job = script.Job("install", "look", f"{script.PYTHON} -c 'import carried_module'")
+    assert run.run(job) and job.last == "carried"
+
+
 def test_every_file_with_gpu_tests_and_every_stage_is_run(script, check, tmp_path):
     run = check(cache=tmp_path / "flash.tar")
     jobs = [job for chain in run.together() for job in chain] + run.alone()
