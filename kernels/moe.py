@@ -14,10 +14,12 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 
-from dsv4_compile.kernel import Kernel, fake, stream
-from dsv4_compile.kernels import gemv, stored
+from dsv4_compile.kernel import Kernel, fake
+from dsv4_compile.kernel import stream as current
+from dsv4_compile.kernels import gemv, stored, stream
+from dsv4_compile.kernels.stream import DTYPES, ROWS
 
-HALF = gemv.ROWS // 2
+HALF = ROWS // 2
 
 
 @dataclass(frozen=True)
@@ -36,21 +38,22 @@ class Shape:
 
     @property
     def up(self) -> gemv.Work:
-        return gemv.Work(self.format, self.e8m0, self.dtype, 1, self.D, 1, -(-self.I // HALF), self.N * self.k)
+        rows = -(-self.I // HALF) * ROWS
+        return stream.Work(self.format, self.e8m0, self.dtype, 1, self.D, 1, rows, self.N * self.k, splits=1)
 
     @property
     def down(self) -> gemv.Work:
-        return gemv.Work(self.format, self.e8m0, self.dtype, 1, self.I, self.k, -(-self.D // gemv.ROWS), self.N)
+        return stream.Work(self.format, self.e8m0, self.dtype, 1, self.I, self.k, self.D, self.N, splits=4)
 
 
 @dataclass(frozen=True)
 class Config:
-    up: gemv.Config
-    down: gemv.Config
+    up: stream.Config
+    down: stream.Config
 
 
-class GateUp(gemv.Stream):
-    def __init__(self, shape: Shape, config: gemv.Config):
+class GateUp(stream.Stream):
+    def __init__(self, shape: Shape, config: stream.Config):
         super().__init__(shape.up, config)
         self.k, self.I = shape.k, shape.I
         self.matrix = shape.I * self.row_bytes
@@ -58,53 +61,56 @@ class GateUp(gemv.Stream):
 
     def place(self, tile, segment, r: int):
         """Row g of the tile's gate rows (r = 0) or up rows; see `gemv.Linear.place`."""
-        row = cutlass.min(tile * HALF + self.g, self.I - 1)
+        row = cutlass.min(tile * (self.rows_of_tile // 2) + self.member * HALF + self.g, self.I - 1)
         return self.weights[r], row, self.scales_at[r], self.scales_at[r] + self.scale_matrix
 
     @cute.kernel
     def kernel(self, x, expert, gate, w1, w3, s1, s3, t1, t3, limit, h):
         thread, _, _ = cute.arch.thread_idx()
-        first, choice, _ = cute.arch.block_idx()
+        block, choice, _ = cute.arch.block_idx()
         token, j = choice // self.k, choice % self.k
-        warp, lane = cute.arch.make_warp_uniform(thread // gemv.LANES), thread % gemv.LANES
         self.allocate()
+        if const_expr(self.overlaps):
+            cute.arch.griddepcontrol_wait()  # nothing is known before
         e = Int64(expert[token, j])
         self.weights = [w.iterator.toint() + e * self.matrix for w in (w1, w3)]
         self.scales_at = self.weights
         if const_expr(s1 is not None):
             self.scales_at = [s.iterator.toint() + e * self.scale_matrix for s in (s1, s3)]
-        self.begin(first, warp, lane)
-        for s in cutlass.range_constexpr(self.stages - 1):
-            self.issue(Int32(s))
+        self.begin(thread, block)
+        self.fill()
         whole = cute.make_layout((1, self.K), stride=(self.K, 1))
         self.stage_vectors(cute.make_tensor(x[token, None].iterator, whole), None, thread)
-        by_gate, by_up = Float32(self.back), Float32(self.back)
+        self.by_gate, self.by_up = Float32(self.back), Float32(self.back)
         if const_expr(t1 is not None):
-            by_gate, by_up = by_gate * t1[e], by_up * t3[e]
-        share = gate[token, j]
+            self.by_gate, self.by_up = self.by_gate * t1[e], self.by_up * t3[e]
+        self.share, self.limit, self.h, self.choice = gate[token, j], limit, h, choice
         cute.arch.barrier()
-        sums = cute.make_rmem_tensor((4,), Float32)
-        slot, parity = Int32(0), Int32(0)
-        for tile in cutlass.range(first, self.tiles, self.grid, unroll=1):
-            if (
-                tile + self.grid >= self.tiles
-            ):  # the second kernel may come: what it streams is not what this one waits for
-                cute.arch.griddepcontrol_launch_dependents()
-            slot = self.tile_sums(sums, slot)
-            self.gather(sums, parity, thread)
-            column = tile * HALF + thread
-            if thread < HALF and column < self.I:
-                g = self.total(parity, 0, thread) * by_gate
-                u = self.total(parity, 0, thread + HALF) * by_up
-                g = limit if g > limit else g  # NaN stays
-                u = limit if u > limit else u
-                u = -limit if u < -limit else u
-                h[choice, column] = (g / (Float32(1.0) + cute.math.exp(-g)) * u * share).to(self.dtype)
-            parity = parity ^ 1
+        self.run(thread)
+
+    @cute.jit
+    def before(self, tile):
+        if tile + self.grid >= self.tiles:  # the second kernel may come: what it streams is not what this one waits for
+            cute.arch.griddepcontrol_launch_dependents()
+
+    @cute.jit
+    def emit(self, tile, turn, parity, thread):
+        """The hidden numbers of a tile: of each 16 rows, the first half are gate's, the other up's."""
+        half, hidden = self.rows_of_tile // 2, self.h
+        column = tile * half + thread
+        if thread < half and column < self.I:
+            row = thread // HALF * ROWS + thread % HALF
+            g = self.total(parity, 0, row) * self.by_gate
+            u = self.total(parity, 0, row + HALF) * self.by_up
+            g = self.limit if g > self.limit else g  # NaN stays
+            u = self.limit if u > self.limit else u
+            u = -self.limit if u < -self.limit else u
+            h = g / (Float32(1.0) + cute.math.exp(-g)) * u * self.share
+            hidden[self.choice, column] = h.to(self.dtype)
 
 
-class Down(gemv.Stream):
-    def __init__(self, shape: Shape, config: gemv.Config):
+class Down(stream.Stream):
+    def __init__(self, shape: Shape, config: stream.Config):
         super().__init__(shape.down, config)
         self.k, self.D = shape.k, shape.D
         self.matrix = shape.D * self.row_bytes
@@ -113,15 +119,21 @@ class Down(gemv.Stream):
     def place(self, tile, segment, r: int):
         """See `gemv.Linear.place`."""
         e = Int64(self.ids[segment])
-        row = cutlass.min(tile * gemv.ROWS + r * HALF + self.g, self.D - 1)
+        row = tile * self.rows_of_tile + self.member * ROWS + r * HALF + self.g
+        row = cutlass.min(row, self.D - 1)
         scales = self.scales_at + e * self.scale_matrix
         return self.weight_at + e * self.matrix, row, scales, scales + self.scale_matrix
+
+    @cute.jit
+    def put(self, tile, m, row, value):
+        y = self.y
+        if tile * self.rows_of_tile + row < self.D:
+            y[self.token, tile * self.rows_of_tile + row] = value * Float32(self.back)
 
     @cute.kernel
     def kernel(self, h, expert, w2, s2, t2, y):
         thread, _, _ = cute.arch.thread_idx()
-        first, token, _ = cute.arch.block_idx()
-        warp, lane = cute.arch.make_warp_uniform(thread // gemv.LANES), thread % gemv.LANES
+        block, token, _ = cute.arch.block_idx()
         smem = self.allocate()
         self.ids = smem.allocate_tensor(Int32, cute.make_layout((self.k,)), 16)
         factors = smem.allocate_tensor(Float32, cute.make_layout((self.k,)), 16)
@@ -131,33 +143,27 @@ class Down(gemv.Stream):
             if const_expr(t2 is not None):
                 factors[thread] = t2[expert[token, thread]]
         cute.arch.barrier()
-        self.weight_at = w2.iterator.toint()
+        self.weight_at, self.token, self.y = w2.iterator.toint(), token, y
         self.scales_at = self.weight_at
         if const_expr(s2 is not None):
             self.scales_at = s2.iterator.toint()
-        self.begin(first, warp, lane)
-        for s in cutlass.range_constexpr(self.stages - 1):
-            self.issue(Int32(s))
+        self.begin(thread, block)
+        self.fill()
         cute.arch.griddepcontrol_wait()  # h is not there before
+        if const_expr(self.overlaps):
+            cute.arch.griddepcontrol_launch_dependents()
         columns = self.k * self.K
         whole = cute.make_layout((1, columns), stride=(columns, 1))
         rows = cute.make_tensor(h[token * self.k, None].iterator, whole)
         self.stage_vectors(rows, factors if t2 is not None else None, thread)
         cute.arch.barrier()
-        sums = cute.make_rmem_tensor((4,), Float32)
-        slot, parity = Int32(0), Int32(0)
-        for tile in cutlass.range(first, self.tiles, self.grid, unroll=1):
-            slot = self.tile_sums(sums, slot)
-            self.gather(sums, parity, thread)
-            row = tile * gemv.ROWS + thread
-            if thread < gemv.ROWS and row < self.D:
-                y[token, row] = self.total(parity, 0, thread) * Float32(self.back)
-            parity = parity ^ 1
+        self.run(thread)
 
 
 class Experts:
     def __init__(self, shape: Shape, config: Config):
-        self.shape, self.up, self.down = shape, GateUp(shape, config.up), Down(shape, config.down)
+        up, down = stream.kind(GateUp, config.up), stream.kind(Down, config.down)
+        self.shape, self.up, self.down = shape, up(shape, config.up), down(shape, config.down)
 
     @cute.jit
     def __call__(
@@ -180,17 +186,24 @@ class Experts:
         stream,
     ):
         self.up.kernel(x, expert, gate, w1, w3, s1, s3, t1, t3, limit, h).launch(
-            grid=[self.up.grid, self.shape.N * self.shape.k, 1], block=[self.up.threads, 1, 1], stream=stream
+            grid=[self.up.grid, self.shape.N * self.shape.k, 1],
+            block=[self.up.threads, 1, 1],
+            stream=stream,
+            use_pdl=self.up.overlaps,
         )
         self.down.kernel(h, expert, w2, s2, t2, y).launch(
-            grid=[self.down.grid, self.shape.N, 1], block=[self.down.threads, 1, 1], stream=stream, use_pdl=True
+            grid=[self.down.grid * self.down.split, self.shape.N, 1],
+            block=[self.down.threads, 1, 1],
+            cluster=[self.down.split, 1, 1],
+            stream=stream,
+            use_pdl=True,
         )
 
 
 def program(shape: Shape, config: Config):
     """x [N, D], expert [N, k] int64, gate [N, k] fp32, w1 and w3 [X, I, row] and w2 [X, D, row] of 32-bit words, s1, s3, s2
     and t1, t3, t2 [X] fp32 or None, limit, h [N k, I] as workspace -> y [N, D] fp32."""
-    f, dtype = stored.Format(shape.format), gemv.DTYPES[shape.dtype]
+    f, dtype = stored.Format(shape.format), DTYPES[shape.dtype]
     s = shape
     up, down = (fake(Int32, s.X, r, f.row_bytes(c) // 4) for r, c in ((s.I, s.D), (s.D, s.I)))
     twice = fake(Float32, s.X, align=4) if s.format == "nvfp4" else None
@@ -204,14 +217,14 @@ def program(shape: Shape, config: Config):
         Float32(0.0),
         fake(dtype, s.N * s.k, s.I),
         fake(Float32, s.N, s.D, align=4),
-        stream(),
+        current(),
     )
     return Experts(shape, config), arguments
 
 
 def configs(shape: Shape) -> Iterator[Config]:
     """The best of each first, then others of one with the best of the other."""
-    ups, downs = (list(islice(gemv.configs_of(work), 8)) for work in (shape.up, shape.down))
+    ups, downs = (list(islice(stream.configs_of(work), 8)) for work in (shape.up, shape.down))
     yield Config(ups[0], downs[0])
     yield from (Config(up, downs[0]) for up in ups[1:])
     yield from (Config(ups[0], down) for down in downs[1:])

@@ -15,6 +15,7 @@ from cutlass._mlir.dialects import llvm
 BITS = {"bf16": 16, "fp32": 32, "fp8": 8, "mxfp4": 4, "nvfp4": 4}
 GROUP = {"fp8": 128, "mxfp4": 32, "nvfp4": 16}  # columns that share a scale
 PARTS = {"bf16": 1, "fp32": 3}  # bf16 numbers whose sum is a number of the vector
+LANES = 32
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class Format:
         if BITS[self.name] == 4:
             return 0, 4, 1, 5, 2, 6, 3, 7
         return (0, 2, 1, 3, 4, 6, 5, 7) if self.name == "fp8" else tuple(range(8))
+
+    @property
+    def scale_share(self) -> float:
+        """Bytes of scales for a byte of weights."""
+        return 0.0 if self.name in ("bf16", "fp32", "fp8") else 8 / BITS[self.name] / GROUP[self.name]
 
     def row_bytes(self, K: int) -> int:
         return K * BITS[self.name] // 8
@@ -139,6 +145,17 @@ def e4m3_scale(word, place: int, second):
         "cvt.f32.f16 f, l; mul.f32 f, f, 0f5E800000; cvt.rn.bf16x2.f32 $0, f, f; }"
     )
     return Int32(assembled("i32", text, "=r,r,r", Int32(word), Int32(second)))
+
+
+def e4m3_scales(word, place: int):
+    """Bytes 2 `place` and the next one of four e4m3, as fp32."""
+    text = (
+        "{ .reg .b16 l, h; .reg .b32 w; mov.b32 {l, h}, $2; "
+        f"cvt.rn.f16x2.e4m3x2 w, {'lh'[place]}; mov.b32 {{l, h}}, w; cvt.f32.f16 $0, l; cvt.f32.f16 $1, h; }}"
+    )
+    out = assembled("!llvm.struct<(f32, f32)>", text, "=f,=f,r", Int32(word))
+    f32 = ir.F32Type.get()
+    return [Float32(llvm.extractvalue(f32, out, [i])) for i in range(2)]
 
 
 def e8m0(word, place: int):

@@ -1,9 +1,12 @@
 """Products of few rows on a GPU: which ones the kernels that stream a matrix take, and how arguments reach them."""
 
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import Parameter
 
 from dsv4_compile.op import Tensor, known
 
@@ -77,24 +80,44 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor | None, scale_2: Tensor | 
     assert format is not None, "`streams` was not asked"
     e8m0 = scale is None or scale.dtype != torch.float32
     shape = Shape(M, G, R, K, format, e8m0, FLOATS[x.dtype], FLOATS[out])
+    early = int(settled(y, weight, scale, scale_2))
     stored = words(weight), flat(scale), None if scale_2 is None else scale_2.view(1)
     at_once = rows_at_once(shape)
     if at_once >= M:
-        launch(shape, x.contiguous(), *stored, y)
+        launch(shape, x.contiguous(), *stored, y, early)
         return y
     for first in range(0, M, at_once):
         part = x[:, first : first + at_once].contiguous()
         rows = y.new_empty(G, part.shape[1], R)
-        launch(Shape(part.shape[1], G, R, K, format, e8m0, FLOATS[x.dtype], FLOATS[out]), part, *stored, rows)
+        launch(replace(shape, M=part.shape[1]), part, *stored, rows, early)
         y[:, first : first + at_once] = rows
     return y
+
+
+WRITTEN = 0  # where the memory begins that the last launch of this kind writes
+
+
+def settled(out: Tensor, *read: Tensor | None) -> bool:
+    """Whether what is read was there long before: these launches may start while the one before them ends, and read before its
+    end what it cannot have written. So are parameters in a graph, unless the launch before writes into one. Called once
+    before each launch, with what it writes."""
+    global WRITTEN
+    if isinstance(out, FakeTensor):
+        return False
+    before, WRITTEN = WRITTEN, out.untyped_storage().data_ptr()
+    return torch.cuda.is_current_stream_capturing() and all(
+        t is None or (isinstance(owner(t), Parameter) and t.untyped_storage().data_ptr() != before) for t in read
+    )
+
+
+def owner(x: Tensor) -> Tensor:
+    """What a view is a view of."""
+    return x if x._base is None else x._base
 
 
 @cache
 def rows_at_once(shape: "Shape") -> int:
     """How many of the vectors fit into shared memory."""
-    from dataclasses import replace
-
     from dsv4_compile.kernels.gemv import configs
 
     return next(M for M in range(shape.M, 0, -1) if any(True for _ in configs(replace(shape, M=M))))

@@ -104,6 +104,7 @@ def _(x, expert, gate, w1, w3, w2, limit, s1, s3, s2, t1, t3, t2):
     assert format is not None, "`few_and_streamed` was not asked"
     shape = Shape(N, k, X, D, I, format, s1 is None or s1.dtype != torch.float32, gemv.FLOATS[x.dtype])
     h, y = x.new_empty(N * k, I), x.new_empty(N, D, dtype=torch.float32)
+    gemv.settled(y)
     matrices = [gemv.words(w) for w in (w1, w3, w2)]
     scales = [gemv.flat(s) for s in (s1, s3, s2)]
     launch(

@@ -1,0 +1,453 @@
+"""What all kernels share that multiply few vectors by stored matrices at the speed of memory.
+
+A block of warps computes a tile of rows at a time: 16 of them, and its warps split K; or 64 and more, and teams of warps do.
+Each warp keeps a ring of stages in shared memory full with asynchronous copies that it alone waits for, across tiles too, so
+that the memory system never drains. Partial sums are added in the order of the teams. The blocks of a cluster may split K in
+turn: they keep their sums until the end, and add them up in their order.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import BFloat16, Float32, Int32, Int64, const_expr
+
+from dsv4_compile.kernel import arch
+from dsv4_compile.kernels import digits, pairs, stored, warps
+from dsv4_compile.kernels.stored import LANES
+
+ROWS = 16  # of a warp
+TEAM = 4  # warps whose rows one instruction of `digits` takes
+SMS = 132  # processors that the cost model reckons with
+SHARED = 227 << 10  # bytes of a block at most
+DTYPES = {"bf16": BFloat16, "fp32": Float32}
+ONE_MORE = 77 << 10  # bytes of a block of which only two fit
+IN_FLIGHT = 96 << 10  # bytes of a processor: what memory's latency asks for
+
+# Of the cost model: bytes a microsecond of all processors, of one at most, and of one from the second cache; instructions
+# of all lanes of a processor a microsecond; instructions for a weight; microseconds that each launch takes.
+READ, ALONE, CACHED, LANES_A_US = 4.4e6, 4e4, 7e4, 128 * 1750 * 0.7
+DECODED = {"bf16": 1.3, "fp32": 7.0, "fp8": 5.5, "mxfp4": 3.7, "nvfp4": 5.0}
+DIGITS = {"fp8": 1.8, "mxfp4": 1.9, "nvfp4": 2.6}
+LAUNCH, FOLLOW, TILE_END, CLUSTER, SPLIT_NUMBER = 2.2, 1.2, 0.1, 0.15, 18
+STAGE, STEP, STEP_BLOCK = 65, 0.2, 0.07
+
+
+@dataclass(frozen=True)
+class Config:
+    """warps: of a block. stages: of a warp's ring. blocks: of the format's blocks of K in a stage. resident: thread blocks of
+    a processor, which is what the grid is sized for. rows: of a tile, 16, or fours of them. split: blocks of a cluster."""
+
+    warps: int
+    stages: int
+    blocks: int
+    resident: int
+    rows: int = ROWS
+    split: int = 1
+
+    @property
+    def teams(self) -> int:
+        """Between which K is split."""
+        return self.warps * ROWS // self.rows
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether it starts under the launch before it; several blocks of a processor would come to lie unevenly."""
+        return self.resident == 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a kernel streams: `rows` of K columns in `segments` (matrices one after the other, each with its own columns),
+    times M vectors, `grids` times (groups, choices, tokens). splits: blocks that may share a row."""
+
+    format: str
+    e8m0: bool
+    dtype: str
+    M: int
+    K: int
+    segments: int
+    rows: int
+    grids: int
+    splits: int = 8
+
+    @property
+    def stored(self) -> stored.Format:
+        return stored.Format(self.format, self.e8m0)
+
+    def tiles(self, config: Config) -> int:
+        return -(-self.rows // config.rows)
+
+    def part(self, config: Config) -> int:
+        """Columns of a segment that a block of a cluster has."""
+        return self.K // config.split
+
+    def steps(self, config: Config) -> int:
+        """Stages that a warp goes through for one segment of one tile."""
+        return -(-self.part(config) // (self.stored.block * config.blocks * config.teams))
+
+    def columns(self, config: Config) -> int:
+        """A block's part of a segment, filled up."""
+        return self.steps(config) * config.blocks * config.teams * self.stored.block
+
+    def stage_words(self, config: Config) -> tuple[int, int]:
+        """32-bit words of weights and of scales in one stage of one warp."""
+        words = self.stored.scale_words(self.K)
+        scales = 2 * 8 * (words + 1) if words else 0  # and where they begin
+        return config.blocks * 2 * self.stored.loads * LANES * 4, config.blocks * scales
+
+    def shared(self, config: Config) -> int:
+        """Bytes of shared memory of a block."""
+        return max(self.needed(config), ONE_MORE) if config.overlaps else self.needed(config)
+
+    def needed(self, config: Config) -> int:
+        """Bytes of shared memory that are used."""
+        ring = config.warps * config.stages * sum(self.stage_words(config)) * 4
+        columns = self.segments * self.columns(config)
+        if config.rows == ROWS:
+            vectors = pairs.vector_bytes(self.dtype, self.M, columns)
+        else:
+            vectors = digits.vector_bytes(self.format, self.M, columns)
+        sums = self.M * config.rows * 4
+        kept = self.turns(config) * sums if config.split > 1 else 0
+        return ring + vectors + 2 * config.teams * sums + kept + 4 * self.segments * 2 + 256
+
+    def grid(self, config: Config) -> int:
+        """Thread blocks of one group, or clusters."""
+        return min(self.tiles(config), max(1, SMS * config.resident // (self.grids * config.split)))
+
+    def turns(self, config: Config) -> int:
+        """Tiles of the block that has most."""
+        return -(-self.tiles(config) // self.grid(config))
+
+    def fits(self, config: Config) -> bool:
+        wide = config.rows > ROWS
+        if wide and not (self.dtype == "bf16" and self.format in digits.BACK and arch().startswith("sm_90")):
+            return False
+        if config.teams == 0 or config.split > self.splits or config.resident * config.warps > 48:
+            return False
+        part, block, many = self.part(config), self.stored.block, config.resident
+        if wide and (part % (block * config.blocks * config.teams) or config.blocks * block % digits.POINT):
+            return False
+        if config.split > 1 and (self.K % config.split or part % 128):
+            return False
+        if (
+            config.split > 1 and self.grid(config) * self.grids * config.split < 64
+        ):  # what is small is not worth a cluster
+            return False
+        return many * (self.shared(config) + 1024) <= SHARED + 1024
+
+
+def configs_of(work: Work) -> Iterator[Config]:
+    """Those that fit, best first by `cost`."""
+    found = []
+    for rows in (ROWS, TEAM * ROWS, 2 * TEAM * ROWS, 4 * TEAM * ROWS):
+        for warps_ in (4, 8, 16):
+            for stages in (3, 4, 6, 8):
+                for blocks in (1, 2, 4):
+                    for resident in (1, 2, 3, 4, 6):
+                        for split in (1, 2, 4, 8):
+                            config = Config(warps_, stages, blocks, resident, rows, split)
+                            if work.fits(config):
+                                found.append(config)
+    yield from sorted(found, key=lambda c: cost(work, c))
+
+
+def cost(work: Work, config: Config) -> float:
+    """Microseconds of a launch, roughly: what is fixed, and the slowest of reading, of the processor that has most to read,
+    and of decoding; before it the vectors are staged, while the rings fill."""
+    f, wide = work.stored, config.rows > ROWS
+    row_bytes = work.segments * f.row_bytes(work.K) * (1 + f.scale_share)
+    whole = row_bytes * work.rows * work.grids
+    blocks = work.grid(config) * work.grids * config.split
+    present = min(config.resident, -(-blocks // SMS))  # thread blocks of a processor
+    waves = -(-blocks // (SMS * config.resident))
+    busiest = waves * present * work.turns(config) * config.rows * row_bytes / config.split
+    flying = present * config.warps * (config.stages - 1) * sum(work.stage_words(config)) * 4
+    slow = max(1.0, min(IN_FLIGHT, busiest) / flying)
+    columns = work.segments * work.columns(config)
+    numbers = work.turns(config) * config.rows * columns * present
+    if wide:
+        each = DIGITS[work.format] + 0.3 * (digits.eights(work.format, work.M) - 1)
+    else:
+        each = DECODED[work.format]
+    each += STAGE / (config.blocks * f.block * ROWS / LANES)
+    few = max(1.0, 16 / (present * config.warps)) ** 0.5
+    alone = waves * work.turns(config) * work.segments * work.steps(config) * (STEP + STEP_BLOCK * config.blocks)
+    stream = max(whole / READ * slow, busiest / ALONE * slow, numbers * each * few / LANES_A_US, alone)
+    staged = present * work.M * columns * (2 / CACHED + (SPLIT_NUMBER if wide else 4) / LANES_A_US)
+    staged = max(0.2 * staged, staged - min(busiest, flying) * SMS / READ)
+    ends = TILE_END * work.turns(config) / present + CLUSTER * (config.split > 1) * (2 + config.split)
+    habits = 0.02 * config.stages + 0.02 * abs(config.blocks - 2) + 0.02 * config.resident + 0.01 * config.warps
+    return (FOLLOW if config.overlaps else LAUNCH) + stream + staged + ends + habits
+
+
+class Stream:
+    """The part that all kernels of this kind share. They say where rows are (`place`), and what becomes of sums (`put`); what
+    is computed with, `Pairs` or `Digits`, is the other half of their class: see `kind`."""
+
+    def __init__(self, work: Work, config: Config):
+        self.work, self.config, self.format = work, config, work.stored
+        self.M, self.K, self.segments = work.M, work.K, work.segments
+        self.tiles, self.grid, self.turns = work.tiles(config), work.grid(config), work.turns(config)
+        self.warps, self.teams, self.stages, self.blocks = config.warps, config.teams, config.stages, config.blocks
+        self.rows_of_tile, self.split = config.rows, config.split
+        self.threads = LANES * config.warps
+        self.steps, self.columns, self.part = work.steps(config), work.columns(config), work.part(config)
+        self.weight_words, self.scale_words = work.stage_words(config)
+        self.words = self.format.scale_words(work.K)
+        self.dtype = DTYPES[work.dtype]
+        self.row_bytes = self.format.row_bytes(work.K)
+        self.exact = self.columns == self.part
+        # scales may begin within a word
+        self.shifted = self.words > 0 and not (self.words == 1 and work.format == "fp8" and not work.e8m0)
+        if work.format in ("mxfp4", "nvfp4"):
+            self.shifted = (work.K // stored.GROUP[work.format]) % 4 != 0
+        self.scale_row, self.scale_matrix = 0, 0
+        self.overlaps = config.overlaps
+        self.prepare()
+
+    def allocate(self):
+        smem = cutlass.memory.SmemAllocator()
+        self.ring = smem.allocate_tensor(
+            Int32, cute.make_layout((self.warps * self.stages * (self.weight_words + self.scale_words),)), 128
+        )
+        self.allocate_vectors(smem)
+        sums = self.M * self.rows_of_tile
+        self.partial = smem.allocate_tensor(Float32, cute.make_layout((2 * self.teams * sums,)), 16)
+        if const_expr(self.split > 1):
+            self.kept = smem.allocate_tensor(Float32, cute.make_layout((self.turns * sums,)), 16)
+        room = ONE_MORE - self.work.needed(self.config)
+        if const_expr(self.overlaps and room > 0):
+            smem.allocate_tensor(Int32, cute.make_layout((room // 4,)), 16)
+        return smem
+
+    def follow(self):
+        """Wait for the launch before; the next one may come."""
+        if self.overlaps:
+            cute.arch.griddepcontrol_wait()
+            cute.arch.griddepcontrol_launch_dependents()
+
+    # the ring
+
+    def begin(self, thread, block):
+        """State of the copies: the next tile, segment and step; addresses of the two rows, and of the scales."""
+        self.first, self.rank = block // self.split, block % self.split
+        self.from_column = self.rank * self.part
+        self.warp, self.lane = cute.arch.make_warp_uniform(thread // LANES), thread % LANES
+        self.g, self.t = self.lane // 4, self.lane % 4
+        per_team = self.rows_of_tile // ROWS
+        self.team, self.member = self.warp // per_team, self.warp % per_team
+        self.at = cute.make_rmem_tensor((3,), Int32)
+        self.at[0], self.at[1], self.at[2] = self.first, 0, 0
+        size = 4 * (self.weight_words + self.scale_words)
+        self.ring_at = self.ring.iterator.toint() + self.warp * (self.stages * size) + self.home() * 16
+        self.rows = cute.make_rmem_tensor((2,), Int64)
+        self.items = max(1, -(-2 * (self.words + self.shifted) // 4))
+        self.scales = cute.make_rmem_tensor((self.items,), Int64)
+        self.rows.fill(0)
+        self.scales.fill(0)
+
+    def fill(self):
+        """Start the copies of all stages but one."""
+        for s in range(self.stages - 1):
+            self.issue(Int32(s))
+
+    @cute.jit
+    def issue(self, slot):
+        """Start the copies of the next stage, if there is one."""
+        at, rows, scales = self.at, self.rows, self.scales
+        if at[0] < self.tiles:
+            if at[2] == 0:
+                self.rebase()
+            ring = self.ring_at + slot * (4 * (self.weight_words + self.scale_words))
+            for j in cutlass.range_constexpr(self.blocks):
+                block = (at[2] * self.teams + self.team) * self.blocks + j
+                count = Int32(16)
+                if const_expr(not self.exact):
+                    column = block * self.format.block + self.t * (self.format.block // 4)
+                    count = Int32(16) if column < self.part else Int32(0)
+                for r in cutlass.range_constexpr(2):
+                    for l in cutlass.range_constexpr(self.format.loads):
+                        place = ((j * 2 + r) * self.format.loads + l) * LANES * 16
+                        stored.fetch(ring + place, rows[r] + (64 * self.format.loads * j + 16 * l), count)
+                if const_expr(self.words > 0):
+                    self.issue_scales(ring - self.home() * 16 + 4 * self.weight_words, j, block)
+            ahead = self.teams * self.blocks
+            for r in cutlass.range_constexpr(2):
+                rows[r] = rows[r] + 64 * self.format.loads * ahead
+            if const_expr(self.words > 0):
+                for i in cutlass.range_constexpr(self.items):
+                    scales[i] = scales[i] + self.scale_offset(ahead)
+            at[2] = at[2] + 1
+            if at[2] == self.steps:
+                at[2] = 0
+                at[1] = at[1] + 1
+                if at[1] == self.segments:
+                    at[1] = 0
+                    at[0] = at[0] + self.grid
+        cute.arch.cp_async_commit_group()
+
+    def home(self):
+        """Where a thread's 16 bytes lie among those of its warp. Of four-bit rows, a quad reads the four runs that share a
+        scale: turned so that neither writing nor reading meets in one bank."""
+        return self.turned(self.t) if stored.BITS[self.format.name] == 4 else self.lane
+
+    def turned(self, place):
+        """The 16 bytes at a place of row g."""
+        return self.g * 4 + (place ^ (self.g // 2))
+
+    def scale_offset(self, block):
+        """Bytes from the first scale of a row to that of a block."""
+        if self.format.name == "fp8":
+            return block * self.format.block // 128 * (1 if self.format.e8m0 else 4)
+        return block * (self.format.block // stored.GROUP[self.format.name])
+
+    @cute.jit
+    def rebase(self):
+        """Addresses at the beginning of a segment."""
+        rows, scales, start = self.rows, self.scales, self.team * self.blocks + self.from_column // self.format.block
+        for r in cutlass.range_constexpr(2):
+            base, row, _, _ = self.place(self.at[0], self.at[1], r)
+            within = start * (64 * self.format.loads) + self.t * (16 * self.format.loads)
+            rows[r] = base + Int64(row) * self.row_bytes + within
+        if const_expr(self.words > 0):
+            for i in cutlass.range_constexpr(self.items):
+                item = i * 4 + self.t
+                first = item < self.words + self.shifted
+                _, row_0, base_0, _ = self.place(self.at[0], self.at[1], 0)
+                _, row_1, base_1, _ = self.place(self.at[0], self.at[1], 1)
+                row, base = (row_0 if first else row_1), (base_0 if first else base_1)
+                if const_expr(self.format.name == "fp8"):
+                    row = row // 128
+                scales[i] = base + Int64(row) * self.scale_row + self.scale_offset(start)
+
+    @cute.jit
+    def issue_scales(self, ring, j: int, block):
+        """Words of the scales of rows g and g + 8; with them, where in the first word they begin."""
+        per_row = self.words + self.shifted
+        for i in cutlass.range_constexpr(self.items):
+            item = i * 4 + self.t
+            wanted = item < 2 * per_row
+            if const_expr(not self.exact):
+                wanted = wanted and block * self.format.block < self.part
+            if wanted:
+                r, w = item // per_row, item % per_row
+                begin = self.scales[i] + self.scale_offset(j)
+                target = ring + (((j * 2 + r) * (self.words + 1) + w) * 8 + self.g) * 4
+                if const_expr(not self.shifted):
+                    stored.fetch_word(target, begin + 4 * w)
+                elif w < self.words:
+                    _, _, _, end_0 = self.place(self.at[0], self.at[1], 0)
+                    _, _, _, end_1 = self.place(self.at[0], self.at[1], 1)
+                    last = (end_0 - 1 if r == 0 else end_1 - 1) & Int64(-4)
+                    word = (begin & Int64(-4)) + 4 * w
+                    stored.fetch_word(target, word if word < last else last)
+                else:
+                    stored.put_word(target, Int32(begin & Int64(3)) * 8)
+
+    @cute.jit
+    def scale_of(self, begin, j: int, r: int):
+        """The scales of row g (r = 0) or g + 8 in a block: fp8 one number, else the words of their bytes."""
+        base = begin + self.weight_words + (j * 2 + r) * (self.words + 1) * 8 + self.g
+        words = [self.ring[base + w * 8] for w in range(self.words)]
+        if const_expr(self.shifted):
+            shift = self.ring[base + self.words * 8]
+            if const_expr(self.format.name != "fp8"):
+                low = words
+                words = []
+                for w in cutlass.range_constexpr(self.words - 1):
+                    text = "shf.r.wrap.b32 $0, $1, $2, $3;"
+                    words.append(Int32(stored.assembled("i32", text, "=r,r,r,r", low[w], low[w + 1], shift)))
+            else:
+                byte = (words[0] >> shift) & 0xFF
+                bits = byte << 23
+                bits = Int32(0x7FC00000) if byte == 255 else bits
+                bits = Int32(0x00400000) if byte == 0 else bits
+                words = [stored.as_float(bits)]
+        elif const_expr(self.format.name == "fp8"):
+            words = [stored.as_float(words[0])]
+        return words
+
+    # the whole
+
+    @cute.jit
+    def tile_sums(self, sums, slot):
+        """Go through all stages of one tile; returns the slot after the last."""
+        self.start(sums)
+        for segment in cutlass.range(self.segments, unroll=1):
+            for step in cutlass.range(self.steps, unroll=1):
+                cute.arch.cp_async_wait_group(self.stages - 2)
+                cute.arch.sync_warp()
+                before = slot - 1 if slot > 0 else Int32(self.stages - 1)
+                self.issue(before)  # what lay there was consumed one step ago
+                self.consume(sums, slot, segment, step)
+                slot = slot + 1 if slot < self.stages - 1 else Int32(0)
+        self.finish(sums)
+        return slot
+
+    @cute.jit
+    def run(self, thread):
+        """All tiles of this block."""
+        sums = cute.make_rmem_tensor((self.sums,), Float32)
+        slot, parity, turn = Int32(0), Int32(0), Int32(0)
+        for tile in cutlass.range(self.first, self.tiles, self.grid, unroll=1):
+            self.before(tile)
+            slot = self.tile_sums(sums, slot)
+            base = (parity * self.teams + self.team) * (self.M * self.rows_of_tile) + self.member * ROWS
+            self.put_partial(sums, base)
+            cute.arch.barrier()
+            self.emit(tile, turn, parity, thread)
+            parity, turn = parity ^ 1, turn + 1
+        if const_expr(self.split > 1):
+            self.exchange(thread)
+
+    @cute.jit
+    def before(self, tile):
+        """Of each tile."""
+
+    @cute.jit
+    def emit(self, tile, turn, parity, thread):
+        """What the teams have of a tile, added up."""
+        count, kept = self.M * self.rows_of_tile, self.kept if self.split > 1 else None
+        for i in cutlass.range_constexpr(-(-count // self.threads)):
+            index = i * self.threads + thread
+            if index < count:
+                m, row = index // self.rows_of_tile, index % self.rows_of_tile
+                if const_expr(self.split > 1):
+                    kept[turn * count + index] = self.total(parity, m, row)
+                else:
+                    self.put(tile, m, row, self.total(parity, m, row))
+
+    def total(self, parity, m, row):
+        """Of row `row` of the tile and vector m: the teams' sums in their order."""
+        result = Float32(0.0)
+        for w in range(self.teams):
+            result = result + self.partial[((parity * self.teams + w) * self.M + m) * self.rows_of_tile + row]
+        return result
+
+    @cute.jit
+    def exchange(self, thread):
+        """Add up what the blocks of the cluster kept; each finishes a share of it."""
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+        per_tile, step = self.M * self.rows_of_tile, self.threads * self.split
+        for i in cutlass.range_constexpr(-(-self.turns * per_tile // step)):
+            index = i * step + self.rank * self.threads + thread
+            turn, place = index // per_tile, index % per_tile
+            tile = self.first + turn * self.grid
+            if index < self.turns * per_tile:
+                if tile < self.tiles:
+                    at, total = self.kept.iterator.toint() + 4 * index, Float32(0.0)
+                    for b in cutlass.range_constexpr(self.split):
+                        total = total + warps.load_word(warps.of_block(at, b), False)
+                    self.put(tile, place // self.rows_of_tile, place % self.rows_of_tile, total)
+        cute.arch.cluster_arrive()  # others may still be reading
+        cute.arch.cluster_wait()
+
+
+def kind(kernel: type, config: Config) -> type:
+    """The class of a kernel, with what its configuration computes with."""
+    way = pairs.Pairs if config.rows == ROWS else digits.Digits
+    return type(kernel.__name__, (way, kernel), {})
