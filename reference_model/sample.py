@@ -47,7 +47,8 @@ def draw(logits: Tensor, temperature: Tensor, seed: Tensor, position: Tensor) ->
     """
     B, V = logits.shape
     row = torch.arange(B, device=logits.device).unsqueeze(1)
-    bits = philox(torch.arange(V, device=logits.device), position.unsqueeze(1), seed + row * 0x85EBCA6B)  # [B, V]
+    key = seed + (row & 0xFFFFFFFF) * 0x85EBCA6B  # without &, torch 2.11 makes it an index of 32 bits on a GPU
+    bits = philox(torch.arange(V, device=logits.device), position.unsqueeze(1), key)  # [B, V]
     uniform = ((bits >> 9).float() + 0.5) * 2.0**-23  # exact, and neither 0 nor 1
     return argmax(logits - temperature * torch.log(-torch.log(uniform)))
 
