@@ -448,17 +448,19 @@ def configs(shape: Shape) -> Iterator[Config]:
 
 
 def estimate(shape: Shape, config: Config, tokens: int, entries: int) -> float:
-    """Microseconds: what a processor scores at a time, and what it takes to choose."""
-    each = shape.heads * shape.d / (64 * 128) * 0.06  # of a tile, by a block
-    tiles = -(-entries // TILE)
-    blocks = tokens * config.blocks
+    """Microseconds, fitted to timings on an H200: tiles of each block, where it scores itself; else a launch that reads all
+    keys, and blocks that go through their share of the scores. Clusters wait for each other, and many warps too."""
+    share, size = -(-entries // config.blocks), shape.heads * shape.d / 8192
     usable = SMS if config.blocks < 4 else SMS * 7 // 8 // config.blocks * config.blocks
-    rounds = -(-blocks // usable)
-    share = -(-entries // config.blocks)
-    choose = rounds * (2.5 + (1.5 if config.blocks > 1 else 0.0) + share / (32 * config.warps) * 0.15)
     if config.apart:
-        return choose + 2.0 + max(1.0, each * tiles * tokens / SMS)
-    return choose + rounds * each * -(-tiles // config.blocks)
+        usable *= max(1, min(32 // config.warps, SHARED // (4 * Plan(config).words)))
+    rounds = -(-tokens * config.blocks // usable)
+    if not config.apart:
+        return rounds * (7.7 + 0.107 * size * share / TILE)
+    wait = 3.0 if config.blocks == 1 else 5.0 if config.blocks < 8 else 5.3 + 0.3 * min(tokens, 8)
+    wait += 2.0 if config.warps > 16 else 0.0
+    each = 4.1e-4 if config.warps > 16 else 5.3e-4
+    return 3.2 + 7.2e-5 * size * tokens * entries + rounds * (wait + each * share)
 
 
 def rank(shape: Shape, work: tuple[int, ...]) -> list[Config]:
