@@ -1,5 +1,6 @@
 """scripts/gpu-check: what it starts, what becomes of it, what it leaves. Nothing here needs a GPU."""
 
+import json
 import sys
 from argparse import Namespace
 from importlib.machinery import SourceFileLoader
@@ -40,6 +41,10 @@ def test_jobs_succeed_fail_and_run_out_of_time(script, check):
     assert [run.run(job) for job in jobs] == [True, False, False]
     assert [j.result for j in jobs] == ["ok", "failed (3)", "ran out of time"] and jobs[0].last == "7 passed"
     assert "| good | ok |" in run.summary() and (run.report / "good.log").read_text() == "7 passed\n"
+    layer = {"layer": "CSA", "us": 300.4, "launches": 50}
+    arm = {"format": "bf16", "arm": "ours", "step_us": 1500.2, "launches": 203, "error": 0.01, "layers": [layer]}
+    (run.report / "layers.json").write_text(json.dumps({"results": [arm]}))
+    assert "| bf16 ours | 1500 | 203 | 0.0100 | CSA 300 / 50 |" in run.summary()
     late = check(budget=0.0)
     assert not late.run(script.Job("facts", "late", "true")) and late.jobs[0].result == "no time was left"
 
@@ -48,10 +53,13 @@ def test_a_sanitizer_that_does_not_run_here_is_told_apart_from_one_that_found_so
     run = check()
     said = {"none": "echo Device not supported; exit 1", "found": "echo ======== ERROR SUMMARY: 2 errors; exit 1"}
     for name, command in said.items():
-        run.run(script.Job("memcheck", name, command))
+        tool = f"compute-sanitizer() {{ {command}; }}; compute-sanitizer"
+        run.run(script.Job("memcheck", name, tool))
+    run.run(script.Job("memcheck", "launch", "exit 1"))
     assert {j.name: (j.result, j.last) for j in run.jobs} == {
         "none": ("refused by this machine", "Device not supported"),
         "found": ("failed (1)", "ERROR SUMMARY: 2 errors"),
+        "launch": ("failed (1)", ""),
     }
 
 
