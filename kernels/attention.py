@@ -109,14 +109,16 @@ class Attention:
             min_blocks_per_mp=self.at_once,
             preferred_smem_carveout=100,
             stream=stream,
+            use_pdl=True,
         )
         if const_expr(self.chunks > 1):
             self.add_up(sums, marks, sink, cos, sin, out).launch(
-                grid=[tokens, self.h, 1], block=[128, 1, 1], stream=stream
+                grid=[tokens, self.h, 1], block=[128, 1, 1], stream=stream, use_pdl=True
             )
 
     @cute.kernel
     def kernel(self, q, keys, window, entries, index, sink, cos, sin, sums, marks, out, scale, T):
+        of_warp.follow()
         thread, _, _ = cute.arch.thread_idx()
         place, group, _ = cute.arch.block_idx()
         split, chunk, token = place % self.splits, Int32(0), place // self.splits
@@ -371,6 +373,7 @@ class Attention:
     @cute.kernel
     def add_up(self, sums, marks, sink, cos, sin, out):
         """The result from what the clusters wrote: a block has a head of a token."""
+        of_warp.follow()
         thread, _, _ = cute.arch.thread_idx()
         token, head, _ = cute.arch.block_idx()
         if thread < self.d // 4:

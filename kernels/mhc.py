@@ -14,6 +14,7 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, const_expr
 
 from dsv4_compile.kernel import Kernel, fake, stream
+from dsv4_compile.kernels import warps as of_warp
 
 VECTOR = 4  # numbers of one load: 128 bits of fp32
 THREADS = 256
@@ -46,10 +47,6 @@ class Config:
         return -(-shape.n * shape.D // (VECTOR * THREADS * self.loads))
 
 
-def sigmoid(x: Float32) -> Float32:
-    return Float32(1.0) / (Float32(1.0) + cute.math.exp(-x))
-
-
 class Pre:
     def __init__(self, shape: Shape, config: Config):
         self.shape, self.loads, self.splits = shape, config.loads, config.splits(shape)
@@ -60,15 +57,18 @@ class Pre:
     @cute.jit
     def __call__(self, X, fn, base, scale, eps: Float32, rms_eps: Float32, partial, x, post, comb, stream):
         N = X.shape[0]
-        self.mixture(X, fn, partial).launch(grid=[N, self.splits, 1], block=[THREADS, 1, 1], stream=stream)
+        self.mixture(X, fn, partial).launch(
+            grid=[N, self.splits, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=True
+        )
         blocks = cute.ceil_div(self.D, VECTOR * THREADS)
         self.finish(X, base, scale, eps, rms_eps, partial, x, post, comb).launch(
-            grid=[N, blocks, 1], block=[THREADS, 1, 1], stream=stream
+            grid=[N, blocks, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=True
         )
 
     @cute.kernel
     def mixture(self, X, fn, partial):
         """partial[token, split, m] = sum over a piece of fn[m] X; the last m is the sum of squares."""
+        of_warp.follow()
         thread, _, _ = cute.arch.thread_idx()
         token, split, _ = cute.arch.block_idx()
         streams = cute.zipped_divide(X[token, None], (VECTOR,))
@@ -102,6 +102,7 @@ class Pre:
 
     @cute.kernel
     def finish(self, X, base, scale, eps, rms_eps, partial, x, post, comb):
+        of_warp.follow()
         thread, _, _ = cute.arch.thread_idx()
         token, block, _ = cute.arch.block_idx()
         mix = cutlass.memory.SmemAllocator().allocate_tensor(Float32, cute.make_layout((self.rows + 1,)), 16)
@@ -118,7 +119,7 @@ class Pre:
             out = cute.make_rmem_tensor((VECTOR,), Float32)
             out.fill(0.0)
             for j in cutlass.range_constexpr(self.n):
-                pre = sigmoid(mix[j] * r * scale[0] + base[j]) + eps
+                pre = of_warp.sigmoid(mix[j] * r * scale[0] + base[j]) + eps
                 part = cute.make_rmem_tensor((VECTOR,), self.dtype)
                 cute.autovec_copy(streams[None, j * (self.D // VECTOR) + v], part)
                 out.store(out.load() + part.load().to(Float32) * pre)
@@ -130,7 +131,9 @@ class Pre:
                 if thread < 32:
                     n = self.n
                     if thread < n:
-                        post[token, thread] = Float32(2.0) * sigmoid(mix[n + thread] * r * scale[1] + base[n + thread])
+                        post[token, thread] = Float32(2.0) * of_warp.sigmoid(
+                            mix[n + thread] * r * scale[1] + base[n + thread]
+                        )
                     # lane i n + j holds comb[i, j]; lanes beyond repeat the last
                     place = cutlass.min(thread, n * n - 1)
                     i, j = place // n, place % n
@@ -139,11 +142,11 @@ class Pre:
                     for k in cutlass.range_constexpr(1, n):
                         top = cute.arch.fmax(top, cute.arch.shuffle_sync(c, i * n + k))
                     c = cute.math.exp(c - top)
-                    c = c / self.along(c, i * n, 1) + eps
-                    c = c / (self.along(c, j, n) + eps)
+                    c = c * of_warp.inverse(self.along(c, i * n, 1)) + eps
+                    c = c * of_warp.inverse(self.along(c, j, n) + eps)
                     for _ in cutlass.range(self.iters - 1, unroll=1):
-                        c = c / (self.along(c, i * n, 1) + eps)
-                        c = c / (self.along(c, j, n) + eps)
+                        c = c * of_warp.inverse(self.along(c, i * n, 1) + eps)
+                        c = c * of_warp.inverse(self.along(c, j, n) + eps)
                     if thread < n * n:
                         comb[token, i, j] = c
 
@@ -164,10 +167,13 @@ class Post:
     @cute.jit
     def __call__(self, X, y, post, comb, out, stream):
         blocks = cute.ceil_div(self.D, VECTOR * THREADS)
-        self.kernel(X, y, post, comb, out).launch(grid=[X.shape[0], blocks, 1], block=[THREADS, 1, 1], stream=stream)
+        self.kernel(X, y, post, comb, out).launch(
+            grid=[X.shape[0], blocks, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=True
+        )
 
     @cute.kernel
     def kernel(self, X, y, post, comb, out):
+        of_warp.follow()
         thread, _, _ = cute.arch.thread_idx()
         token, block, _ = cute.arch.block_idx()
         v = block * THREADS + thread

@@ -14,20 +14,21 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, const_expr
 
-from dsv4_compile.kernel import Kernel, fake, stream
+from dsv4_compile.kernel import Kernel, fake, of_tokens, stream
 from dsv4_compile.kernels import warps as of_warp
 
 VECTOR = 4  # numbers of one load: 128 bits of fp32
 BLOCKS = 128  # at most; a cluster serves several tokens where there are more
-HELD = 12  # rows of fn that stay in registers where a block has more threads than these two numbers allow all of them
-MANY, WIDEST = 256, 480  # threads that hold columns
+HELD = 4  # rows of fn that stay in registers where a block has more threads than these two numbers allow all of them
+MANY, WIDEST = 256, 512  # threads that hold columns
 DTYPES = {"bf16": BFloat16, "fp32": Float32}
 
 
 @dataclass(frozen=True)
 class Shape:
     """n streams of D numbers of `dtype`, at most 4, D a multiple of 4. iters 0: the last collapse, which makes no post and
-    comb. taken: whether streams take up a block's output first. weight: dtype of the norm behind, or "none"."""
+    comb. taken: whether streams take up a block's output first. weight: dtype of the norm behind, or "none". settled: fn, base,
+    scale and weight cannot be what the launch before writes, which may still run when they are read."""
 
     n: int
     D: int
@@ -35,6 +36,7 @@ class Shape:
     iters: int
     taken: bool
     weight: str
+    settled: bool = False
 
     @property
     def rows(self) -> int:
@@ -61,6 +63,7 @@ class Boundary:
     def __init__(self, shape: Shape, config: Config):
         self.n, self.D, self.rows, self.iters, self.taken = shape.n, shape.D, shape.rows, shape.iters, shape.taken
         self.dtype, self.weight = DTYPES[shape.dtype], DTYPES.get(shape.weight)
+        self.settled = shape.settled
         self.splits, self.groups, self.threads = config.splits, config.groups(shape), config.threads(shape)
         self.warps = self.threads // 32
         self.held = self.rows if self.threads <= MANY else min(self.rows, HELD)
@@ -79,6 +82,7 @@ class Boundary:
             block=[self.threads + 32, 1, 1],
             cluster=[self.splits, 1, 1],
             stream=stream,
+            use_pdl=True,
         )
 
     @cute.kernel
@@ -99,6 +103,8 @@ class Boundary:
         k, g = thread // G, thread % G
         own = rank * G + g
         holds = k < n and own < self.D // VECTOR
+        if const_expr(not self.settled):
+            cute.arch.griddepcontrol_wait()
         F = cute.make_rmem_tensor((VECTOR, self.held), Float32)
         F.fill(0.0)
         if holds:
@@ -116,6 +122,9 @@ class Boundary:
         if lane < rows:
             bases = base[lane]
             scales = scale[cutlass.min(lane // n, 2) if const_expr(self.iters > 0) else 0]
+        if const_expr(self.settled):
+            cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
         cute.arch.cluster_wait()
 
         for token in cutlass.range(cluster, X.shape[0], clusters, unroll=1):
@@ -131,7 +140,7 @@ class Boundary:
             mix = total * r * scales + bases
             pre = cute.make_rmem_tensor((n,), Float32)
             for j in cutlass.range_constexpr(n):
-                pre[j] = sigmoid(cute.arch.shuffle_sync(mix, j)) + eps
+                pre[j] = of_warp.sigmoid(cute.arch.shuffle_sync(mix, j)) + eps
             columns = cute.make_rmem_tensor((self.loops,), Float32)
             square = Float32(0.0)
             for i in cutlass.range_constexpr(self.loops):
@@ -238,7 +247,7 @@ class Boundary:
         c / (sum of c + eps) over a row is u[i] / (u[i] (K v)[i] + eps)."""
         n = self.n
         if lane >= n and lane < 2 * n:
-            post[token, lane - n] = Float32(2.0) * sigmoid(mix)
+            post[token, lane - n] = Float32(2.0) * of_warp.sigmoid(mix)
         K = cute.make_rmem_tensor((n, n), Float32)
         for i in cutlass.range_constexpr(n):
             for j in cutlass.range_constexpr(n):
@@ -253,8 +262,9 @@ class Boundary:
             for j in cutlass.range_constexpr(n):
                 K[i, j] = cute.math.exp(K[i, j] - top)
                 total += K[i, j]
+            part = of_warp.inverse(total)
             for j in cutlass.range_constexpr(n):
-                K[i, j] = K[i, j] / total + eps
+                K[i, j] = K[i, j] * part + eps
             u[i] = Float32(1.0)
             v[i] = Float32(1.0)
         self.scale_columns(K, u, v, eps)
@@ -263,7 +273,7 @@ class Boundary:
                 total = K[i, 0] * v[0]
                 for j in cutlass.range_constexpr(1, n):
                     total += K[i, j] * v[j]
-                u[i] = u[i] / (u[i] * total + eps)
+                u[i] = u[i] * of_warp.inverse(u[i] * total + eps)
             self.scale_columns(K, u, v, eps)
         if lane == 0:
             for i in cutlass.range_constexpr(n):
@@ -276,11 +286,7 @@ class Boundary:
             total = K[0, j] * u[0]
             for i in cutlass.range_constexpr(1, self.n):
                 total += K[i, j] * u[i]
-            v[j] = v[j] / (v[j] * total + eps)
-
-
-def sigmoid(x: Float32) -> Float32:
-    return Float32(1.0) / (Float32(1.0) + cute.math.exp(-x))
+            v[j] = v[j] * of_warp.inverse(v[j] * total + eps)
 
 
 def program(shape: Shape, config: Config):
@@ -311,14 +317,20 @@ def program(shape: Shape, config: Config):
 
 
 def configs(shape: Shape) -> Iterator[Config]:
-    """Some 256 threads a block first: they hold their part of fn in registers, and 16 processors read."""
+    """One token's: 16 processors read, some 256 threads on each hold what they read."""
+    return iter(rank(shape, (1,)))
+
+
+def rank(shape: Shape, work: tuple[int, ...]) -> list[Config]:
+    """The class of token counts asks for clusters that all fit at once: beyond 4 of 16 blocks, some wait."""
     valid = [c for c in map(Config, (1, 2, 4, 8, 16)) if c.threads(shape) <= WIDEST]
-    yield from sorted(valid, key=lambda c: (abs(c.threads(shape) - 256), c.splits))
+    best = 256 if work[0] <= 4 else 512
+    return sorted(valid, key=lambda c: (abs(c.threads(shape) - best), c.splits))
 
 
-BOUNDARY = Kernel("mhc_boundary", __file__, program, configs)
+BOUNDARY = Kernel("mhc_boundary", __file__, program, configs, rank)
 
 
 def launch(shape: Shape, *arguments) -> None:
     """See `program`."""
-    BOUNDARY.launcher(shape)(*arguments)
+    BOUNDARY.launcher(shape, work=(of_tokens(arguments[0].shape[0]),))(*arguments)

@@ -10,6 +10,7 @@ import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, const_expr
 
 from dsv4_compile.kernel import Kernel, fake, of_tokens, stream
+from dsv4_compile.kernels import warps as of_warp
 
 DTYPES = {"bf16": BFloat16, "fp32": Float32}
 
@@ -51,11 +52,15 @@ class RMSNorm:
     @cute.jit
     def __call__(self, x, weight, cos, sin, out, slot, eps: Float32, inner: Int32, T: Int32, stream):
         self.kernel(x, weight, cos, sin, out, slot, eps, inner, T).launch(
-            grid=[cute.ceil_div(x.shape[0], self.rows), 1, 1], block=[self.threads * self.rows, 1, 1], stream=stream
+            grid=[cute.ceil_div(x.shape[0], self.rows), 1, 1],
+            block=[self.threads * self.rows, 1, 1],
+            stream=stream,
+            use_pdl=True,
         )
 
     @cute.kernel
     def kernel(self, x, weight, cos, sin, out, slot, eps, inner, T):
+        of_warp.follow()
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         here, t = thread // self.threads, thread % self.threads

@@ -9,6 +9,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
 from dsv4_compile.kernel import Kernel, fake, stream
+from dsv4_compile.kernels import warps as of_warp
 
 LANES = 32
 SMALLEST = -(2**31)
@@ -60,11 +61,12 @@ class Program:
     ):
         grid = [cute.ceil_div(logits.shape[0], self.warps), 1, 1]
         self.kernel(logits, bias, expert, gate, scale, eps).launch(
-            grid=grid, block=[LANES * self.warps, 1, 1], stream=stream
+            grid=grid, block=[LANES * self.warps, 1, 1], stream=stream, use_pdl=True
         )
 
     @cute.kernel
     def kernel(self, logits, bias, expert, gate, scale, eps):
+        of_warp.follow()
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         lane = thread % LANES

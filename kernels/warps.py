@@ -86,6 +86,22 @@ def store_word(address, value):
     cute.arch.inline_ptx("st.shared::cluster.f32 [{$r0}], {$r1};", read_only_args=[address, value])
 
 
+def follow():
+    """In a launch with `use_pdl`, before it touches anything: wait for the launch before it, and let the next one come, which
+    waits in turn. What it saves is the time between two launches."""
+    cute.arch.griddepcontrol_wait()
+    cute.arch.griddepcontrol_launch_dependents()
+
+
+def inverse(x):
+    """1 / x, its last bit aside: a division proper branches, so that several do not overlap."""
+    return cute.arch.rcp_approx(x)
+
+
+def sigmoid(x):
+    return inverse(Float32(1.0) + cute.math.exp(-x))
+
+
 @cute.jit
 def sum_each(sums):
     """32 sums over the lanes of a warp at once, always in the same order: lane m gets that of sums[m]; `sums` is used up."""

@@ -5,11 +5,12 @@ import math
 import torch
 
 from dsv4_compile import tuning
+from dsv4_compile.lowerings.gemv import settled
 from dsv4_compile.lowerings.mhc import DTYPES, fits_post, mhc_post, mhc_pre
 from dsv4_compile.lowerings.norm import rms_norm
 from dsv4_compile.op import Cost, Tensor, known, op
 
-WIDEST = 16 * 480 * 4  # numbers in all streams of a token: blocks of a cluster, their threads, the vector of each
+WIDEST = 16 * 512 * 4  # numbers in all streams of a token: blocks of a cluster, their threads, the vector of each
 FEW, SOME = (
     16,
     64,
@@ -118,10 +119,9 @@ def in_one_launch(X, fn, base, scale, weight, iters, eps, rms_eps, norm_eps, bef
     x = X.new_empty(len(flat), D)
     post, comb = (X.new_empty(len(flat), *s, dtype=torch.float32) if iters else None for s in ((n,), (n, n)))
     if len(flat):
-        shape = Shape(
-            n, D, DTYPES[X.dtype], iters, before is not None, "none" if weight is None else DTYPES[weight.dtype]
-        )
-        weights = (None if t is None else t.contiguous() for t in (fn, base, scale, weight))
+        weights = [None if t is None else t.contiguous() for t in (fn, base, scale, weight)]
+        of_norm = "none" if weight is None else DTYPES[weight.dtype]
+        shape = Shape(n, D, DTYPES[X.dtype], iters, before is not None, of_norm, settled(x, *weights))
         launch(shape, flat, *taken, *weights, eps, rms_eps, norm_eps, streams, x, post, comb)
     shapes = ((n, D), (D,), (n,), (n, n))
     made = zip((streams, x, post, comb), shapes, strict=True)
