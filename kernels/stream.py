@@ -25,13 +25,19 @@ DTYPES = {"bf16": BFloat16, "fp32": Float32}
 ONE_MORE = 77 << 10  # bytes of a block of which only two fit
 IN_FLIGHT = 96 << 10  # bytes of a processor: what memory's latency asks for
 
-# Of the cost model: bytes a microsecond of all processors, of one at most, and of one from the second cache; instructions
-# of all lanes of a processor a microsecond; instructions for a weight; microseconds that each launch takes.
-READ, ALONE, CACHED, LANES_A_US = 4.4e6, 4e4, 7e4, 128 * 1750 * 0.7
-DECODED = {"bf16": 1.3, "fp32": 7.0, "fp8": 5.5, "mxfp4": 3.7, "nvfp4": 5.0}
-DIGITS = {"fp8": 1.8, "mxfp4": 1.9, "nvfp4": 2.6}
-LAUNCH, FOLLOW, TILE_END, CLUSTER, SPLIT_NUMBER = 2.2, 1.2, 0.1, 0.15, 18
-STAGE, STEP, STEP_BLOCK = 65, 0.2, 0.07
+# Of the cost model: bytes a microsecond of all processors, of one, and of one from the second cache; instructions of all lanes
+# of a processor a microsecond; microseconds that a launch takes, and one that overlaps with the launch before; of those, the
+# ones in which rings fill; the end of a tile; a cluster. Instructions for a weight, and for a number of a vector.
+READ, ALONE, CACHED, LANES_A_US = 4.35e6, 4.2e4, 7e4, 128 * 1750 * 0.7
+LAUNCH, FOLLOW, HIDDEN, TILE_END, CLUSTER = 1.9, 1.0, 0.9, 0.05, 1.1
+DECODED = {"bf16": 1.0, "fp32": 7.0, "fp8": 3.6, "mxfp4": 3.0, "nvfp4": 4.2}
+DIGITS = {"fp8": 1.8, "mxfp4": 2.4, "nvfp4": 2.9}
+COLUMNS, STAGE, STAGED, SPLIT_NUMBER = 0.5, 65, 4, 26
+
+
+def processors(split: int) -> int:
+    """Those that clusters of so many blocks reach: a cluster lies within a group of 16 or 18, some of which are defective."""
+    return SMS if split <= 2 else 112
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,8 @@ class Work:
 
     def grid(self, config: Config) -> int:
         """Thread blocks of one group, or clusters."""
-        return min(self.tiles(config), max(1, SMS * config.resident // (self.grids * config.split)))
+        there = processors(config.split) * config.resident
+        return min(self.tiles(config), max(1, there // (self.grids * config.split)))
 
     def turns(self, config: Config) -> int:
         """Tiles of the block that has most."""
@@ -155,31 +162,30 @@ def configs_of(work: Work) -> Iterator[Config]:
 
 
 def cost(work: Work, config: Config) -> float:
-    """Microseconds of a launch, roughly: what is fixed, and the slowest of reading, of the processor that has most to read,
-    and of decoding; before it the vectors are staged, while the rings fill."""
-    f, wide = work.stored, config.rows > ROWS
-    row_bytes = work.segments * f.row_bytes(work.K) * (1 + f.scale_share)
-    whole = row_bytes * work.rows * work.grids
-    blocks = work.grid(config) * work.grids * config.split
+    """Microseconds of a launch, roughly: what is fixed; the vectors are staged; then the larger of reading and decoding, and
+    some of the other. Fitted to an H200."""
+    f, wide, blocks = work.stored, config.rows > ROWS, work.grid(config) * work.grids * config.split
+    waves = -(-blocks // (processors(config.split) * config.resident))
     present = min(config.resident, -(-blocks // SMS))  # thread blocks of a processor
-    waves = -(-blocks // (SMS * config.resident))
+    row_bytes = work.segments * f.row_bytes(work.K) * (1 + f.scale_share)
     busiest = waves * present * work.turns(config) * config.rows * row_bytes / config.split
     flying = present * config.warps * (config.stages - 1) * sum(work.stage_words(config)) * 4
-    slow = max(1.0, min(IN_FLIGHT, busiest) / flying)
-    columns = work.segments * work.columns(config)
-    numbers = work.turns(config) * config.rows * columns * present
+    slow = max(1.0, min(IN_FLIGHT, busiest) / flying) ** 0.15
+    reading = max(row_bytes * work.rows * work.grids / READ, busiest / ALONE) * slow
+    if config.overlaps:
+        reading = max(0.2, reading - min(HIDDEN, min(busiest, flying) * SMS / READ))
+    each = STAGE / (config.blocks * f.block * ROWS / LANES)
     if wide:
-        each = DIGITS[work.format] + 0.3 * (digits.eights(work.format, work.M) - 1)
+        each += DIGITS[work.format] + COLUMNS * (digits.eights(work.format, work.M) - 1)
     else:
-        each = DECODED[work.format]
-    each += STAGE / (config.blocks * f.block * ROWS / LANES)
-    few = max(1.0, 16 / (present * config.warps)) ** 0.5
-    alone = waves * work.turns(config) * work.segments * work.steps(config) * (STEP + STEP_BLOCK * config.blocks)
-    stream = max(whole / READ * slow, busiest / ALONE * slow, numbers * each * few / LANES_A_US, alone)
-    staged = present * work.M * columns * (2 / CACHED + (SPLIT_NUMBER if wide else 4) / LANES_A_US)
-    staged = max(0.2 * staged, staged - min(busiest, flying) * SMS / READ)
-    ends = TILE_END * work.turns(config) / present + CLUSTER * (config.split > 1) * (2 + config.split)
-    habits = 0.02 * config.stages + 0.02 * abs(config.blocks - 2) + 0.02 * config.resident + 0.01 * config.warps
+        each += DECODED[work.format]
+    columns = work.segments * work.columns(config)
+    numbers = waves * present * work.turns(config) * config.rows * columns
+    decoding = numbers * each / LANES_A_US * max(1.0, 16 / (present * config.warps)) ** 0.45
+    stream = (reading**3 + decoding**3) ** (1 / 3)
+    staged = waves * present * work.M * columns * (2 / CACHED + (SPLIT_NUMBER if wide else STAGED) / LANES_A_US)
+    ends = TILE_END * work.turns(config) / present + CLUSTER * (config.split - 1) ** 0.5
+    habits = 0.02 * config.stages + 0.02 * config.resident + 0.01 * abs(config.blocks - 2)
     return (FOLLOW if config.overlaps else LAUNCH) + stream + staged + ends + habits
 
 
