@@ -45,12 +45,13 @@ class Shape:
 @dataclass(frozen=True)
 class Config:
     """blocks: of a cluster, which has the entries of a token. room: entries of a block, a multiple of 16. warps: of a block.
-    apart: scores by a launch of their own."""
+    apart: scores by a launch of their own. ahead: tiles of each warp, beyond the next, that are on their way into L2."""
 
     blocks: int
     room: int
     warps: int
     apart: bool
+    ahead: int = 0
 
     def covers(self, entries: int) -> bool:
         return self.blocks * (self.room - TILE) >= entries
@@ -100,7 +101,7 @@ class Program:
     def __init__(self, shape: Shape, config: Config):
         self.h, self.d, self.rope = shape.heads, shape.d, shape.rope
         self.tiles, self.lines = -(-shape.heads // 8), shape.d // 32  # of 8 heads, of 32 channels
-        self.blocks, self.room, self.apart = config.blocks, config.room, config.apart
+        self.blocks, self.room, self.apart, self.ahead = config.blocks, config.room, config.apart, config.ahead
         self.warps, self.threads = config.warps, 32 * config.warps
         self.plan = Plan(config)
 
@@ -165,8 +166,17 @@ class Program:
         cute.arch.barrier()
         for tile in cutlass.range(first, last, step, unroll=1):
             coming = self.load(keys, request, tile + step, lane)
+            if const_expr(self.ahead > 0):
+                self.announce(keys, request, tile + (1 + self.ahead) * step, lane)
             self.write(self.products(here, heads, weights, lane), tile, target, skip, lane)
             here.store(coming.load())
+
+    @cute.jit
+    def announce(self, keys, request, tile, lane):
+        """Start moving a tile into L2, a 32nd of it by each lane."""
+        rows = keys.iterator.toint() + 2 * Int64(request) * keys.stride[0]
+        place = cutlass.min(tile * (TILE * self.d * 2) + lane * self.d, (keys.shape[1] - 1) * (self.d * 2))
+        cute.arch.inline_ptx("prefetch.global.L2 [{$r0}];", read_only_args=[rows + place])
 
     @cute.jit
     def load(self, keys, request, tile, lane):
@@ -439,12 +449,11 @@ def program(shape: Shape, config: Config):
 
 
 def configs(shape: Shape) -> Iterator[Config]:
-    for apart in (False, True):
+    for apart, warps, ahead in ((False, SCORERS, 0), (True, 16, 0), (True, 32, 0), (True, 16, 2)):
         for blocks in (8, 4, 2, 1):
             for room in (2048, 8192, 40960):
-                for warps in (16, 32) if apart else (SCORERS,):
-                    if 4 * Plan(config := Config(blocks, room, warps, apart)).words <= SHARED:
-                        yield config
+                if 4 * Plan(config := Config(blocks, room, warps, apart, ahead)).words <= SHARED:
+                    yield config
 
 
 def estimate(shape: Shape, config: Config, tokens: int, entries: int) -> float:
