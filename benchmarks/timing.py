@@ -92,7 +92,7 @@ def distinct(inputs: Sequence[Inputs]) -> int:
 
 def beyond_l2(inputs: Sequence[Inputs]) -> bool:
     """Whether a pass over all inputs leaves nothing of the first in the cache."""
-    return distinct(inputs) >= 2 * torch.cuda.get_device_properties().L2_cache_size
+    return distinct(inputs) >= 2 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
 
 
 def fingerprint(given: Inputs) -> tuple[int, ...]:
@@ -132,10 +132,11 @@ def launches(f: Arm, args: Inputs) -> int | None:
 
     f(*args)
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profile:
         f(*args)
         torch.cuda.synchronize()
-    return sum(e.device_type == DeviceType.CUDA and "##" not in e.name for e in profile.events())
+    found = [e for e in profile.events() if e.device_type == DeviceType.CUDA and "##" not in e.name]
+    return sum(not getattr(e, "is_user_annotation", False) for e in found)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,8 @@ def test_an_arm_that_changes_the_inputs_is_refused(module):
 def test_inputs_that_stay_in_the_cache_are_refused(module, monkeypatch):
     timing = module("timing")
     monkeypatch.setattr(timing, "on_gpu", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(L2_cache_size=1000))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1000))
     x = torch.ones(400, dtype=torch.uint8)
     same, own = [(x, 1)] * 9, [(x.clone(), 1) for _ in range(5)]
     with pytest.raises(timing.Refused, match="stay in L2"):

@@ -67,6 +67,19 @@ def test_built_once_then_loaded(store, monkeypatch):
         router.KERNEL.launcher(router.Shape(24, 5))
 
 
+def test_another_source_under_the_same_version_is_another_entry(store, tmp_path, monkeypatch):
+    file, config = tmp_path / "kernel.py", router.Config(4)
+    kernel = base.Kernel("router", str(file), router.program, router.configs)
+    monkeypatch.setattr(base.Kernel, "build", lambda self, shape, config: (file.read_bytes(), {}))
+    monkeypatch.setattr(base, "load", lambda data: data)
+    for text in (b"x = 1", b"x = 2", b"x = 1"):
+        file.write_bytes(text)
+        base.source_digest.cache_clear()  # as in a process of its own
+        kernel.loaded.clear()
+        assert kernel.launcher(SHAPE, config) == text
+    assert len(list(store.entries())) == 2
+
+
 def test_wrong_tensors_are_refused_before_anything_runs(store):
     import torch
 
