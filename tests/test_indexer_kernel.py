@@ -62,9 +62,7 @@ def meta(dtype=torch.bfloat16, h=64, d=128, E=4096, dr=64):
 
 def builds():
     everything = os.environ.get("DSV4_TEST_CONFIGS") == "all"
-    chosen = (
-        kernel.configs(FLASH) if everything else [kernel.Config(8, 2048, 8, False), kernel.Config(8, 8192, 32, True)]
-    )
+    chosen = kernel.configs(TURNED) if everything else [kernel.Config(8, 2048, 8, False)]  # the one with least to spare
     return [(TURNED, c) for c in chosen]
 
 
