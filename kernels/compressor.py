@@ -46,11 +46,12 @@ class Compressor:
     @cute.jit
     def __call__(self, c, z, index, weight, cos, sin, out, eps: Float32, stream):
         self.kernel(c, z, index, weight, cos, sin, out, eps).launch(
-            grid=[out.shape[0] * out.shape[1], 1, 1], block=[self.threads, 1, 1], stream=stream
+            grid=[out.shape[0] * out.shape[1], 1, 1], block=[self.threads, 1, 1], stream=stream, use_pdl=True
         )
 
     @cute.kernel
     def kernel(self, c, z, index, weight, cos, sin, out, eps):
+        of_warp.follow()
         v, _, _ = cute.arch.thread_idx()
         window, _, _ = cute.arch.block_idx()
         batch, w = window // out.shape[1], window % out.shape[1]

@@ -4,17 +4,12 @@ import math
 
 import torch
 
-from dsv4_compile import tuning
 from dsv4_compile.lowerings.gemv import settled
 from dsv4_compile.lowerings.mhc import DTYPES, fits_post, mhc_post, mhc_pre
 from dsv4_compile.lowerings.norm import rms_norm
 from dsv4_compile.op import Cost, Tensor, known, op
 
 WIDEST = 16 * 512 * 4  # numbers in all streams of a token: blocks of a cluster, their threads, the vector of each
-FEW, SOME = (
-    16,
-    64,
-)  # tokens that one launch serves sooner than the parts do; where results must not depend on their number
 
 # Nobody runs these on the CPU: their parts are asked instead, of which `mhc_pre` has C++ and Inductor compiles the others
 # into the loops around them. What they save is traffic: the new streams are read once, while they are still at hand.
@@ -93,14 +88,15 @@ def _(a):
 
 def fits_the_kernel(a) -> bool | str:
     """What kernels/mhc_boundary.py is written for."""
+    from dsv4_compile.kernels.mhc_boundary import most_tokens
+
     n, D = a.X.shape[-2:]
     weight = getattr(a, "weight", None)
     if (fits := fits_post(a)) is not True:
         return fits
     if n > 4 or n * D > WIDEST or (weight is not None and weight.dtype not in DTYPES):
         return f"{n} streams of {D}: a cluster holds at most 4, and {WIDEST} numbers in all"
-    tokens = math.prod(a.X.shape[:-2])
-    most = SOME if tuning.SETTINGS.batch_invariant else FEW
+    tokens, most = math.prod(a.X.shape[:-2]), most_tokens()
     return known(tokens <= most) or f"{tokens} tokens: beyond {most} its parts are faster"
 
 
