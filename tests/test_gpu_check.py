@@ -94,6 +94,20 @@ def test_packages_of_a_folder_are_found_wheels_or_not(script, check, tmp_path, m
     assert run.run(job) and job.last == "carried"
 
 
+@pytest.mark.parametrize(("built", "result"), [(0, "ok"), (3, "failed (1)")])
+def test_a_kernel_that_was_not_carried_is_a_failure(built, result, check, tmp_path):
+    run = check(cache=tmp_path / "flash.tar", only=["keys"])
+    command = tmp_path / "dsv4"
+    command.write_text(
+        f"#!/bin/sh\n[ $1 = warm ] && echo '28 kernels: {built} built, 25 in the cache, 0 failed'; exit 0\n"
+    )
+    command.chmod(0o755)
+    run.env["PATH"] = f"{tmp_path}:{run.env['PATH']}"
+    ((job,),) = filter(None, run.together())
+    run.run(job)
+    assert job.result == result, (run.report / "keys.log").read_text()
+
+
 def test_every_file_with_gpu_tests_and_every_stage_is_run(script, check, tmp_path):
     run = check(cache=tmp_path / "flash.tar")
     jobs = [job for chain in run.together() for job in chain] + run.alone()
