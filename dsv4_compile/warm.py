@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -72,8 +72,14 @@ class Asking(PassManager):
                 tried = [(k, shape, c) for k, shape, work in trial.seen for c in k.candidates(shape, work)]
                 for kernel, shape, config in launches + (tried if self.survey.candidates else []):
                     name = f"dsv4_compile.kernels.{Path(kernel.file).stem}"
-                    self.survey.wanted[Wanted(name, kernel.name, shape, config)] = None
+                    for variant in variants(shape):
+                        self.survey.wanted[Wanted(name, kernel.name, variant, config)] = None
         return implementation, reasons
+
+
+def variants(shape: Any) -> list[Any]:
+    """The shape, and what becomes of it in a captured graph, where kernels may know that nobody writes their weights."""
+    return [shape, replace(shape, settled=True)] if getattr(shape, "settled", True) is False else [shape]
 
 
 def on_gpu(x: Any) -> Any:
