@@ -34,7 +34,7 @@ class Pairs:
         count = self.segments * filled
         turns = -(-count // self.threads)
         size = 4 if self.dtype is BFloat16 else 8  # words of a run
-        ahead = max(1, min(turns, 48 // (size * self.M)))  # loads that fly together
+        ahead = max(1, min(turns, 32 // (size * self.M)))  # loads that fly together
         for i in cutlass.range(-(-turns // ahead), unroll=1):
             held = cute.make_rmem_tensor((size, self.M, ahead), Int32)
             held.fill(0)

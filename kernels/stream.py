@@ -185,7 +185,7 @@ def cost(work: Work, config: Config) -> float:
     stream = (reading**3 + decoding**3) ** (1 / 3)
     staged = waves * present * work.M * columns * (2 / CACHED + (SPLIT_NUMBER if wide else STAGED) / LANES_A_US)
     ends = TILE_END * work.turns(config) / present + CLUSTER * (config.split - 1) ** 0.5
-    habits = 0.02 * config.stages + 0.02 * config.resident + 0.01 * abs(config.blocks - 2)
+    habits = 0.02 * config.stages + 0.02 * config.resident + 0.06 * abs(config.blocks - 2)
     return (FOLLOW if config.overlaps else LAUNCH) + stream + staged + ends + habits
 
 
