@@ -4,6 +4,7 @@
 """
 
 import fnmatch
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -42,6 +43,7 @@ class Fault:
 
 
 FAULTS: list[Fault] = []
+NUMBERS = itertools.count()
 
 
 def fault(op: str, implementation: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -65,7 +67,7 @@ def changed(op: str, name: str, fusion: str = "", **edits: Callable[[dict[str, A
 def clone(fault: Fault) -> Op:
     """The op of a fault, under a name of its own."""
     right = BY_NAME[fault.op]
-    number = FAULTS.index(fault)
+    number = next(NUMBERS)
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
         return fault.wrong(right.meaning, right.arguments(*args, **kwargs))
@@ -313,6 +315,16 @@ changed("head", "vocabulary off by one", vocabulary=lambda a: a["vocabulary"].ro
 changed("head", "streams in reverse", X=lambda a: a["X"].flip(-2))
 
 
+# Where MTP begins
+
+
+changed("mtp_join", "norms swapped", e_norm=lambda a: a["h_norm"], h_norm=lambda a: a["e_norm"])
+changed("mtp_join", "matrices swapped", e_weight=lambda a: a["h_weight"], h_weight=lambda a: a["e_weight"])
+changed("mtp_join", "wrong eps", e_eps=lambda a: a["e_eps"] * 1000, h_eps=lambda a: a["h_eps"] * 1000)
+changed("mtp_join", "the token itself instead of the next", e=lambda a: a["e"].roll(1, -2))
+changed("mtp_join", "streams in reverse", X=lambda a: a["X"].flip(-2))
+
+
 # Router
 
 
@@ -480,3 +492,35 @@ def groups_transposed(right, a):
 
 def without_the_oldest(window):
     return torch.cat([torch.full_like(window[..., :1], -1), window[..., 1:]], -1)
+
+
+# Faults that meet: each pair in the same layer, the router's first
+
+
+def choices_by_number(right, a):
+    """The same choices: no fault as long as nobody reads their order."""
+    expert, gate = right(**a)
+    expert, order = expert.sort(-1)
+    return expert, gate.gather(-1, order)
+
+
+def shortcut_for_choices_in_order(right, a):
+    """Right unless all choices come by number."""
+    in_order = (a["expert"].diff(dim=-1) > 0).all()
+    return right(**(a | {"gate": torch.where(in_order, a["gate"].flip(-1), a["gate"])}))
+
+
+def gates_doubled(right, a):
+    expert, gate = right(**a)
+    return expert, gate * 2
+
+
+def gates_halved(right, a):
+    return right(**(a | {"gate": a["gate"] / 2}))
+
+
+ONLY_TOGETHER = (
+    Fault("router: choices by number", "router", choices_by_number),
+    Fault("moe: shortcut for choices in order", "moe", shortcut_for_choices_in_order),
+)
+CANCEL = (Fault("router: gates doubled", "router", gates_doubled), Fault("moe: gates halved", "moe", gates_halved))

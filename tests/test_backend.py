@@ -198,4 +198,5 @@ def test_sites_come_from_the_schedule():
     model.config = SimpleNamespace(layer_types=kinds, hc_mult=4)
     in_layers = {"attention": 4, "moe": 4, "router": 4, "compressor": 3, "indexer": 1, "mhc": 17, "mhc_boundary": 8}
     assert expected(model) == in_layers | {"head": 1, "prologue": 8, "epilogue": 4, "output_projection": 4}
+    assert expected(model, mtp=True)["mtp"] == 1 and expected(model, mtp=True)["moe"] == expected(model)["moe"] + 1
     assert expected(Block()) == {}

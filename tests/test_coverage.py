@@ -4,11 +4,13 @@ One layer of each kind by default, at decode; with DSV4_TEST_COVERAGE=all every 
 """
 
 import os
+from functools import partial
 
 import pytest
 import torch
 
 import dsv4_compile
+from dsv4_compile.backend import backend
 from dsv4_compile.reference_model import DSV4, DSV4Config
 
 ALL = os.environ.get("DSV4_TEST_COVERAGE") == "all"
@@ -35,3 +37,19 @@ def test_every_site_is_found_at_full_size(name, phase):
     assert report.unexplained == []
     layers = len(config.layer_types)
     assert report.sites["moe"] == layers and report.sites["mhc_boundary"] == 2 * layers and report.sites["head"] == 1
+
+
+def test_every_site_of_mtp_is_found():
+    """Counted by explain from the configuration, and by the backend from the modules that the graph went through."""
+    fields = dict(num_hidden_layers=1, layer_types=("sliding_attention",), mlp_layer_types=("moe",))
+    model = DSV4(DSV4Config.tiny().replace(**fields, hc_sinkhorn_iters=2)).eval().requires_grad_(False)
+    report = dsv4_compile.explain(model, torch.arange(9).unsqueeze(0), mtp=True, options={"strict": True})
+    assert {f: report.counts[f] for f in report.sites} == dict(report.sites) and report.sites["mtp"] == 1, report
+    assert report.unexplained == []
+    torch._dynamo.reset()
+    reports = []
+    options = {"inner": "eager", "strict": True}
+    torch.compile(model, backend=partial(backend, options=options, observe=reports.append))(
+        torch.arange(9).unsqueeze(0), mtp=True
+    )
+    assert reports[0].sites["mtp"] == 1 and not reports[0].missing

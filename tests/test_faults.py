@@ -1,7 +1,7 @@
 """Planted faults: verify refuses them, and bisect names those that change the model's output.
 
 Every fault is tried by `verify`. A few are hunted by `bisect` in a model of all three kinds of layer; with
-DSV4_TEST_FAULTS=all every one is, and pairs of them.
+DSV4_TEST_FAULTS=all every one is, and pairs of them. Those of MTP, and pairs of faults that meet, have a smaller model.
 """
 
 import importlib.util
@@ -36,6 +36,8 @@ KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed
 CONFIG = Config(regions=False, inner="eager", lowerings=("cpu",))
 THRESHOLD = 1e-4  # of logits up to about 4; all rewrites together are off by less than 1e-5
 ALL = os.environ.get("DSV4_TEST_FAULTS") == "all"
+MTP = [f for f in faults.FAULTS if f.op == "mtp_join"]
+HERE = [f for f in faults.FAULTS if f not in MTP]  # in the larger model
 
 
 @pytest.fixture(autouse=True)
@@ -58,15 +60,45 @@ def captured() -> Captured:
         moe_intermediate_size=64,
         swiglu_limit=1.0,
     )
+    model = drawn(config)
+    return Captured(model, (torch.randint(0, config.vocab_size, (2, 19)), model.new_state(2, 32, draft=18)), {})
+
+
+def drawn(config: DSV4Config) -> DSV4:
     model = DSV4(config).eval().requires_grad_(False)
     for p in model.parameters():
         if p.dtype == torch.float32 and bool((p == p.flatten()[0]).all()):
             p.add_(torch.randn_like(p) * 0.3)
-    return Captured(model, (torch.randint(0, config.vocab_size, (2, 19)), model.new_state(2, 32, draft=18)), {})
+    return model
+
+
+class Predicts(torch.nn.Module):
+    """The logits of MTP alone."""
+
+    def __init__(self, model: DSV4):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model(tokens, mtp=True)[1]
+
+
+@pytest.fixture(scope="module")
+def predicting() -> Captured:
+    """One layer, and MTP."""
+    torch.manual_seed(0)
+    config = DSV4Config.tiny().replace(
+        num_hidden_layers=1, layer_types=KINDS[:1], mlp_layer_types=("moe",), hc_sinkhorn_iters=2
+    )
+    return Captured(Predicts(drawn(config)), (torch.randint(0, config.vocab_size, (2, 9)),), {})
 
 
 @pytest.fixture(scope="module")
 def sites(captured: Captured) -> list[Site]:
+    return places(captured)
+
+
+def places(captured: Captured) -> list[Site]:
     """All rewrites of the model as it is."""
     manager = PassManager(CONFIG, RULES, OPS)
     assert logits(captured.rewritten(manager), captured.plain) < THRESHOLD / 10
@@ -91,7 +123,7 @@ def emitted(sites: list[Site], fault) -> Site:
 
 def test_there_are_many_faults_and_every_op_has_some(sites):
     assert len(faults.FAULTS) >= 40
-    assert {f.op for f in faults.FAULTS} >= {s.op for s in sites}
+    assert {f.op for f in faults.FAULTS} >= {s.op for s in sites} | {"mtp_join"}
 
 
 def test_verify_lets_every_right_rewrite_pass(captured, sites):
@@ -109,31 +141,37 @@ def rounds(sites: list[Site]) -> list[list]:
     largest = {s.op for s in fused.values() if any(fused[i].op in larger for i in s.absorbs if i in fused)}
     together: list[list] = []
     for level in (ops - larger, larger - largest, largest):
-        kinds = [[f for f in faults.FAULTS if f.op == op] for op in sorted(level)]
+        kinds = [[f for f in HERE if f.op == op] for op in sorted(level)]
         together += [[f for f in some if f is not None] for some in itertools.zip_longest(*kinds)]
-    return together + [[f] for f in faults.FAULTS if f.op not in ops]
+    return together + [[f] for f in HERE if f.op not in ops]
 
 
 def test_verify_catches_the_faults(captured, sites):
-    missed = []
-    for some in rounds(sites):
-        places = {f: emitted(sites, f) for f in some}
-        with ExitStack() as stack, warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            wrong = [stack.enter_context(faults.planted(f)) for f in some]
-            chosen = tuple({i for site in places.values() for i in needed(sites, site)})
-            manager = PassManager(replace(CONFIG, verify=True, sites=chosen), RULES, (*OPS, *wrong))
-            graph = copied(captured.slots[0].graph)
-            with fake_mode(graph):
-                manager(graph)
-        refused = {c.site for c in manager.report.mismatches}
-        missed += [f.name for f, site in places.items() if site.id not in refused]
-        assert len(told) == len(refused) and all("does not compute the same" in str(w.message) for w in told)
-        assert len(refused) + sum(graph.find_nodes(op="call_function", target=w.target) != [] for w in wrong) == len(
-            some
-        )
-    print(f"\nverify caught {len(faults.FAULTS) - len(missed)} of {len(faults.FAULTS)}; missed: {missed}")
-    assert len(missed) <= 0.05 * len(faults.FAULTS)
+    missed = [name for some in rounds(sites) for name in passed(captured, sites, some)]
+    print(f"\nverify caught {len(HERE) - len(missed)} of {len(HERE)}; missed: {missed}")
+    assert len(missed) <= 0.05 * len(HERE)
+
+
+def test_verify_catches_the_faults_of_mtp(predicting):
+    sites = places(predicting)
+    assert [name for fault in MTP for name in passed(predicting, sites, [fault])] == []
+
+
+def passed(captured: Captured, sites: list[Site], some: list) -> list[str]:
+    """Names of those among some faults, planted at once, that `verify` lets pass."""
+    spots = {f: emitted(sites, f) for f in some}
+    with ExitStack() as stack, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        wrong = [stack.enter_context(faults.planted(f)) for f in some]
+        chosen = tuple({i for site in spots.values() for i in needed(sites, site)})
+        manager = PassManager(replace(CONFIG, verify=True, sites=chosen), RULES, (*OPS, *wrong))
+        graph = copied(captured.slots[0].graph)
+        with fake_mode(graph):
+            manager(graph)
+    refused = {c.site for c in manager.report.mismatches}
+    assert len(told) == len(refused) and all("does not compute the same" in str(w.message) for w in told)
+    assert len(refused) + sum(graph.find_nodes(op="call_function", target=w.target) != [] for w in wrong) == len(some)
+    return [f.name for f, site in spots.items() if site.id not in refused]
 
 
 def hunt(captured: Captured, plants: list[tuple[object, str]]) -> Bisection:
@@ -178,10 +216,49 @@ def test_bisect_names_the_faults(captured, sites, names):
     print(f"\n{found}\nbound: {bound(found)}")
 
 
-if ALL:
-    PAIRS = list(itertools.combinations(faults.FAULTS[::5], 2))[::5]
+def test_bisect_names_faults_that_show_only_together(predicting):
+    """As one group; neither would be found by rewriting one place at a time."""
+    found = meeting(predicting, faults.ONLY_TOGETHER)
+    assert [sorted(s.op.split("_", 2)[2] for s in g.sites) for g in found.guilty] == [["moe", "router"]]
+    assert max(found.guilty[0].contribution) <= THRESHOLD < found.guilty[0].value
+    print(f"\n{found}\nbound: {bound(found)}")
 
-    @pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda f: f.name)
+
+def meeting(captured: Captured, some) -> Bisection:
+    """Hunt for faults that are planted into the same layer."""
+    sites = places(captured)
+    plants = [(f, emitted(sites, f).layer) for f in some]
+    found = check(captured, plants)
+    print(f"\n{', '.join(f.name for f in some)}: {found.value:.1e}, {found.compiles} of {bound(found)} compiles")
+    return found
+
+
+if ALL:
+    PAIRS = list(itertools.combinations(HERE[::5], 2))[::5]
+
+    @pytest.fixture(params=["captured", "predicting"])
+    def either(request) -> Captured:
+        return request.getfixturevalue(request.param)
+
+    def test_faults_that_cancel_are_no_fault(either):
+        found = meeting(either, faults.CANCEL)
+        assert found.value <= THRESHOLD and not found.guilty
+
+    def test_bisect_names_faults_that_cancel_beside_another(either):
+        other = BY_NAME["mhc_post: post forgotten"]
+        found = meeting(either, (*faults.CANCEL, other))
+        assert {s.op.split("_", 2)[2] for s in named(found)} == {"router", "moe", "mhc_post"}
+
+    def test_bisect_names_faults_that_show_only_together_in_the_larger_model(captured):
+        found = meeting(captured, faults.ONLY_TOGETHER)
+        assert [sorted(s.op.split("_", 2)[2] for s in g.sites) for g in found.guilty] == [["moe", "router"]]
+
+    @pytest.mark.parametrize("fault", MTP, ids=lambda f: f.name)
+    def test_bisect_names_every_fault_of_mtp(predicting, fault):
+        found = meeting(predicting, [fault])
+        assert len(named(found)) == (found.value > THRESHOLD)
+
+    @pytest.mark.parametrize("fault", HERE, ids=lambda f: f.name)
     def test_bisect_names_every_fault_that_shows(captured, sites, fault):
         found = check(captured, [(fault, emitted(sites, fault).layer)])
         print(

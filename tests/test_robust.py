@@ -79,15 +79,28 @@ class Norm(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
 
 
-def test_dynamic_true_makes_inputs_of_the_models_numbers_and_the_report_says_so():
+def test_numbers_of_modules_stay_numbers_under_dynamic_true():
     model, reports = Norm(), []
-    x = torch.randn(4, 7)
-    close(compiled(model, reports, dynamic=True)(x), model(x))
-    assert reports[0].rules["raise.unit_norm"] == 0 and "specialize_float" in str(reports[0])
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(specialize_float=True):
-        close(compiled(model, reports, dynamic=True)(x), model(x))
-    assert reports[1].rules["raise.unit_norm"] == 1 and "specialize_float" not in str(reports[1])
+    run = compiled(model, reports, dynamic=True)
+    for width in (7, 9):
+        x = torch.randn(4, width)
+        close(run(x), model(x))
+    (report,) = reports
+    assert report.rules["raise.unit_norm"] == 1 and "specialize_float" not in str(report)
+    model.eps = 0.5  # guarded
+    close(run(x), model(x))
+    assert len(reports) == 2
+
+
+def test_a_callers_number_is_an_input_under_dynamic_true_and_the_report_says_so():
+    def scaled(x, eps):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+    reports, x = [], torch.randn(4, 7)
+    run = compiled(scaled, reports, dynamic=True)
+    for eps in (1e-6, 0.5, 2.0):
+        close(run(x, eps), scaled(x, eps))
+    assert len(reports) == 1 and reports[0].rules["raise.unit_norm"] == 0 and "specialize_float" in str(reports[0])
 
 
 def test_each_batch_has_its_graph_and_keeps_it():

@@ -24,7 +24,7 @@ def explain(model: Any, *args: Any, options: dict[str, Any] | None = None, **kwa
     The arguments (generation state among them) are copied and the model's buffers restored, so nothing of the caller's
     changes. Gradients are off. DSV4_* variables apply.
     """
-    report = Report(sites=sites.expected(model), kinds=sites.kinds(model))
+    report = Report(sites=sites.expected(model, bool(kwargs.get("mtp"))), kinds=sites.kinds(model))
     chosen = {**(options or {}), "inner": "eager"}
     compiled = torch.compile(fresh(model), backend=partial(backend, options=chosen, observe=report.merge))
     with torch.no_grad(), buffers_kept(model):

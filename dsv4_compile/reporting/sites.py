@@ -10,8 +10,9 @@ import torch
 CSA, HCA = "compressed_sparse_attention", "heavily_compressed_attention"
 
 
-def expected(model: Any) -> dict[str, int]:
-    """Sites of one forward by the fusions' short names; empty for a model that is not DeepSeek-V4.
+def expected(model: Any, mtp: bool = False) -> dict[str, int]:
+    """Sites of one forward by the fusions' short names; empty for a model that is not DeepSeek-V4. `mtp`: of one that
+    predicts the token after the next as well, by a layer of the sliding window with a head of its own.
 
     The model says what it is by `config.layer_types`, as the reference model and Hugging Face's do. mHC has a site
     before and one after each of the two blocks of a layer, and the last collapse; what lies between two blocks, or before the
@@ -22,20 +23,21 @@ def expected(model: Any) -> dict[str, int]:
     kinds = getattr(config, "layer_types", None)
     if not kinds or not hasattr(config, "hc_mult"):
         return {}
-    layers = len(kinds)
-    return {
+    layers, heads = len(kinds) + mtp, 1 + mtp
+    found = {
         "attention": layers,
         "moe": layers,
         "router": layers,
         "compressor": 2 * list(kinds).count(CSA) + list(kinds).count(HCA),
         "indexer": list(kinds).count(CSA),
-        "mhc": 2 * 2 * layers + 1,
+        "mhc": 2 * 2 * layers + heads,
         "mhc_boundary": 2 * layers,
-        "head": 1,
+        "head": heads,
         "prologue": 2 * layers,
         "epilogue": layers,
         "output_projection": layers,
     }
+    return found | {"mtp": 1} if mtp else found
 
 
 def kinds(model: Any) -> dict[str, str]:
@@ -57,6 +59,7 @@ HOLDS: dict[str, dict[str, int]] = {
     f"{_HOME}.HyperConnection": {"mhc": 2},
     f"{_HOME}.HyperHead": {"mhc": 1},
     f"{_HOME}.Block": {"mhc_boundary": 2},
+    f"{_HOME}.MTP": {"mhc_boundary": 2},
     f"{_HOME}.DSV4": {"head": 1},
 }
 _HF = "transformers.models.deepseek_v4.modeling_deepseek_v4.DeepseekV4"
@@ -75,6 +78,7 @@ HOLDS |= {
 }
 ONLY_IF = {
     f"{_HOME}.Block": "sigmoid",  # its body, not what hands that its arguments
+    f"{_HOME}.MTP": "sigmoid",
     f"{_HOME}.DSV4": "embedding",  # the graph around its layers, not their bodies
     f"{_HF}ForCausalLM": "embedding",
     f"{_HOME}.Indexer": "topk",
@@ -83,6 +87,9 @@ ONLY_IF = {
     f"{_HF}CSACompressor": "softmax",
     f"{_HF}Indexer": "softmax",
 }
+
+# One module of the reference model's MTP that its block goes through before the layer begins: class, and name.
+JOIN = "dsv4_compile.reference_model.layers.RMSNorm", ".enorm"
 
 # Modules that write into caches by index, a place each time.
 WRITES = {f"{_HOME}.Attention", f"{_HOME}.Compressor"}
@@ -103,10 +110,11 @@ def in_graph(gm: torch.fx.GraphModule) -> dict[str, int]:
         for path, kind in (node.meta.get("nn_module_stack") or {}).values():
             name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
             inside.add(name)
-            if name in HOLDS:
+            if name in HOLDS or (name == JOIN[0] and path.endswith(JOIN[1])):
                 calls.setdefault((name, path), set()).add(getattr(node.target, "__name__", str(node.target)))
         found["append"] += node.target is operator.setitem and not inside.isdisjoint(WRITES)
     for (name, _), called in calls.items():
+        found["mtp"] += name == JOIN[0]
         if name not in ONLY_IF or ONLY_IF[name] in called:
-            found.update(HOLDS[name])
+            found.update(HOLDS.get(name, {}))
     return dict(+found)
