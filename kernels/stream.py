@@ -29,7 +29,7 @@ IN_FLIGHT = 96 << 10  # bytes of a processor: what memory's latency asks for
 # of a processor a microsecond; microseconds that a launch takes, and one that overlaps with the launch before; of those, the
 # ones in which rings fill; the end of a tile; a cluster. Instructions for a weight, and for a number of a vector.
 READ, ALONE, CACHED, LANES_A_US = 4.35e6, 4.2e4, 7e4, 128 * 1750 * 0.7
-LAUNCH, FOLLOW, HIDDEN, TILE_END, CLUSTER = 1.9, 1.0, 0.9, 0.05, 1.1
+LAUNCH, FOLLOW, HIDDEN, TILE_END, CLUSTER = 1.9, 1.0, 0.9, 0.05, 1.3
 DECODED = {"bf16": 1.0, "fp32": 7.0, "fp8": 3.6, "mxfp4": 3.0, "nvfp4": 4.2}
 DIGITS = {"fp8": 1.8, "mxfp4": 2.4, "nvfp4": 2.9}
 COLUMNS, STAGE, STAGED, SPLIT_NUMBER = 0.5, 65, 4, 26
