@@ -121,7 +121,25 @@ torch.stack([A, B], -1).flatten(-2) -> torch.cat([A.unsqueeze(-1), B.unsqueeze(-
     torch.stack((A, B), A.dim()).flatten(-2) | torch.stack([A, B], dim=-1).reshape(*A.shape[:-1], -1)
 A.gather(-1, B) -> torch.gather(A, -1, B) | torch.take_along_dim(A, B, -1) | A.take_along_dim(B, 1)
 A.topk(_k, -1).indices -> torch.topk(A, _k, dim=-1)[1] | A.topk(_k).indices |
-    A.topk(_k, -1, sorted=False).indices
+    A.topk(_k, -1, sorted=False).indices | A.argsort(-1, descending=True)[..., :_k] |
+    A.sort(-1, descending=True).indices[..., :_k] | torch.sort(A, descending=True)[1].narrow(-1, 0, _k)
+(A * B.unsqueeze(-1)).sum(1) -> torch.einsum('nkd,nk->nd', A, B) | (B.unsqueeze(1) @ A).squeeze(1) |
+    torch.bmm(B[:, None], A)[:, 0]
+(A * B.unsqueeze(-1)).sum(-2) -> torch.einsum('...ne,...n->...e', A, B) | (B.unsqueeze(-2) @ A).squeeze(-2)
+(A.unsqueeze(-1) * B).sum(-2) -> torch.einsum('...n,...nd->...d', A, B) | (A.unsqueeze(-2) @ B).squeeze(-2) |
+    (B.mT @ A.unsqueeze(-1)).squeeze(-1)
+(A * B).sum(2) -> torch.einsum('bnrc,bnrc->bnc', A, B) | torch.linalg.vecdot(A, B, dim=2)
+A.unsqueeze(-1) * B.unsqueeze(-2) -> torch.einsum('...n,...d->...nd', A, B) | A[..., :, None] * B[..., None, :]
+torch.stack([A * C - B * D, A * D + B * C], -1).flatten(-2) ->
+    torch.view_as_real(torch.complex(A, B) * torch.complex(C, D)).flatten(-2) |
+    torch.view_as_real(torch.view_as_complex(torch.stack([A, B], -1)) * torch.complex(C, D)).flatten(-2) |
+    torch.view_as_real(torch.complex(A, B) * torch.complex(C, -D).conj()).flatten(-2)
+A[B, C.clamp(min=0)] ->
+    A.gather(1, C.clamp(min=0).flatten(1).unsqueeze(-1).expand(-1, -1, A.shape[-1])).unflatten(1, C.shape[1:]) |
+    A.gather(1, C.flatten(1).clamp(min=0)[..., None].repeat(1, 1, A.shape[-1])).unflatten(1, C.shape[1:]) |
+    torch.take_along_dim(A, C.clamp(min=0).flatten(1).unsqueeze(-1), 1).unflatten(1, C.shape[1:])
+torch.searchsorted(A[B], C, right=True).int() -> F.one_hot(A, C.shape[0]).sum(0).cumsum(0).int() |
+    torch.zeros_like(C).scatter_add(0, A, torch.ones_like(A)).cumsum(0).int()
 A.argsort(stable=True) -> A.sort(stable=True).indices | torch.argsort(A, stable=True) | A.sort(stable=True)[1]
 A.argsort() -> A.sort().indices | torch.argsort(A) | A.argsort(stable=True)
 A.masked_fill(B, _n) -> torch.where(B, _n, A) | torch.where(~B, A, _n) | torch.masked_fill(A, B, _n)
@@ -191,7 +209,7 @@ class Rule:
 
 def fits(p: Any, x: Any, found: dict[str, ast.expr], seen: dict[int, Seen]) -> bool:
     """Whether the source x says what the pattern p says."""
-    if isinstance(p, ast.Name) and (p.id.startswith("_") or p.id in {"A", "B"}):
+    if isinstance(p, ast.Name) and (p.id.startswith("_") or p.id in set("ABCD")):
         what = seen.get(getattr(x, "number", None), Seen())
         right = what.is_tensor if p.id.isupper() else isinstance(x, ast.Constant) or what.tensor == {False}
         if right and p.id in found:

@@ -2,7 +2,7 @@
 
 from torch import fx
 
-from . import forms, products  # noqa: F401  they declare what is written in other words
+from . import choices, complex, forms, products  # noqa: F401  they declare what is written in other words
 from .graph import aten, is_view, sizes_from_inputs
 from .writer import Writer, is_call
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .graph import END, RESHAPES, aten, is_tensor, known, same_shape, shape, strip, value
+from .graph import END, RESHAPES, aten, is_tensor, known, same_shape, shape, value
 from .writer import Writer, alike, args, both_ways, escapes, floating, form, is_call, number
 
 
@@ -109,6 +109,13 @@ def difference(w: Writer, node: Node) -> Node | None:
     """0 - x = -x."""
     a, b = args(node)[:2]
     return w.make(node, aten.neg.default, b) if number(a) == 0 and is_tensor(b) and not node.kwargs else None
+
+
+@form(aten.neg.default)
+def twice_negative(w: Writer, node: Node) -> Node | None:
+    """--x = x."""
+    x = args(node)[0]
+    return args(x)[0] if is_call(x, aten.neg.default) and not escapes(node) else None
 
 
 @form(aten.sum.dim_IntList, aten.mean.dim, aten.amax.default)
@@ -290,14 +297,3 @@ def spread(w: Writer, node: Node) -> Node | None:
     if len(times) != len(shape(x)) or not all(n == 1 or known(s == 1) for n, s in zip(times, shape(x), strict=True)):
         return None
     return w.make(node, aten.clone.default, w.make(node, aten.expand.default, x, list(shape(node))))
-
-
-@form(aten.gather.default)
-def places(w: Writer, node: Node) -> Node | None:
-    """take_along_dim counts negative places from the end; topk gives none."""
-    x, dim, index = args(node)
-    if not (is_call(index, aten.remainder.Scalar) and known(index.args[1] == shape(x)[dim])):
-        return None
-    source = strip(index.args[0])
-    topk = source.target is operator.getitem and is_call(source.args[0], aten.topk.default)
-    return w.make(node, aten.gather.default, x, dim, index.args[0]) if topk else None

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from .graph import RESHAPES, aten, known, reshaped, same_shape, shape, users
+from .graph import RESHAPES, aten, is_tensor, known, reshaped, same_shape, shape, users, value
 from .writer import Writer, args, form, is_call
 
 
@@ -79,6 +79,117 @@ def one_matrix(w: Writer, node: Node) -> Node | None:
 
 
 @form(aten.permute.default)
+def composed(w: Writer, node: Node) -> Node | None:
+    """Two permutations as one; one that is undone, through whatever views, as none."""
+    x, order = args(node)
+    if not moves(node):
+        return None
+    if is_call(x, aten.permute.default):
+        if not moves(x):
+            return None
+        y, both = x.args[0], [x.args[1][d] for d in order]
+        calm = still(y, both) == sorted(both)
+        return in_shape(w, y, shape(node), node) if calm else w.make(node, aten.permute.default, y, both)
+    root, axes = arrangement(node)
+    order = [d for group in axes for d in group]
+    if root is node or order != sorted(order) or not any(map(moves, way(x, root))):
+        return None
+    return in_shape(w, root, shape(node), node)
+
+
+def moves(x: Node) -> bool:
+    """Whether this is a permutation that moves an axis longer than 1: the others look alike for one token only."""
+    return is_call(x, aten.permute.default) and still(args(x)[0], args(x)[1]) != sorted(args(x)[1])
+
+
+def way(x: Any, root: Node) -> list[Node]:
+    """Views and permutations from x down to `root`."""
+    found = []
+    while x is not root:
+        found.append(x)
+        x = x.args[0]
+    return found
+
+
+def arrangement(x: Node) -> tuple[Node, list[list[int]]]:
+    """What x is views and permutations of, and which of its axes, those of size 1 left out, each axis of x is."""
+    steps: list[Any] = [x]
+    while is_call(steps[-1], aten.permute.default, *RESHAPES) and not repeats(steps[-1].args[0]):
+        steps.append(steps[-1].args[0])
+    root, axes = steps[-1], own_axes(steps[-1])
+    for step in reversed(steps[:-1]):
+        if is_call(step, aten.permute.default):
+            axes = [axes[d] for d in step.args[1]]
+        elif (grouped := regrouped(axes, shape(root), shape(step))) is not None:
+            axes = grouped
+        else:
+            root, axes = step, own_axes(step)
+    return root, axes
+
+
+def repeats(x: Any) -> bool:
+    """Whether elements of x share memory: a copy of it is another tensor."""
+    return any(known(stride == 0) for stride in value(x).stride())
+
+
+def own_axes(x: Node) -> list[list[int]]:
+    return [[] if known(n == 1) else [d] for d, n in enumerate(shape(x))]
+
+
+def regrouped(axes: list[list[int]], sizes: tuple[Any, ...], wanted: tuple[Any, ...]) -> list[list[int]] | None:
+    """The axes of a view of these sizes; None if it parts one."""
+    rest, found = [d for group in axes for d in group], []
+    for n in wanted:
+        group: list[int] = []
+        while rest and not known(math.prod(sizes[d] for d in group) == n):
+            group.append(rest.pop(0))
+        if not known(math.prod(sizes[d] for d in group) == n):
+            return None
+        found.append(group)
+    return None if rest else found
+
+
+@form(aten.sum.dim_IntList)
+def of_turned(w: Writer, node: Node) -> Node | None:
+    """A sum over the last axis of products whose sides were both turned for it, over the axis where it was."""
+    product, dims = args(node)[:2]
+    last = len(shape(product)) - 1
+    if not is_call(product, aten.mul.Tensor) or list(dims) not in ([last], [-1]):
+        return None
+    if not all(is_tensor(x) and same_shape(shape(x), shape(product)) for x in product.args):
+        return None
+    (x, axes), (y, others) = map(arrangement, product.args)
+    (*rest, summed) = axes
+    order = [d for group in rest for d in group]
+    if axes != others or len(summed) != 1 or order != sorted(order) or not same_shape(shape(x), shape(y)):
+        return None
+    if order == list(range(len(order))) and summed[0] == len(order):
+        return None  # it was there
+    total = w.make(node, aten.sum.dim_IntList, w.make(node, aten.mul.Tensor, x, y), [summed[0]], True)
+    return in_shape(w, total, shape(node), node)
+
+
+def across(matrix: Node, along: int, depth: int) -> bool:
+    """Whether the elements that are added do not lie side by side: those of a product with stored weights do."""
+    strides = value(matrix).stride()
+    return known(strides[along] == 1) and not known(strides[depth] == 1) and not known(shape(matrix)[along] == 1)
+
+
+def stands_alone(x: Any) -> bool:
+    """Whether a batch of rows or columns is one of vectors, with a new axis."""
+    many, rows, columns = shape(x)
+    if not (known(rows == 1) or known(columns == 1)):
+        return False
+    added = False
+    while is_call(x, *RESHAPES):
+        added = added or is_call(x, aten.unsqueeze.default) or len(shape(x)) > len(shape(x.args[0]))
+        x = x.args[0]
+        if added and known(shape(x)[-1] == rows * columns) and known(math.prod(shape(x)[:-1]) == many):
+            return True
+    return False
+
+
+@form(aten.permute.default)
 def before_repetition(w: Writer, node: Node) -> Node | None:
     """What is repeated along axes of size 1 and then turned, as turned and then repeated."""
     x, order = args(node)
@@ -99,6 +210,28 @@ def repeated_side(w: Writer, node: Node) -> Node | None:
         if found is not None:
             return once(w, node, b if side is a else a, *found, is_right)
     return None
+
+
+@form(aten.bmm.default)
+def weighted_sum(w: Writer, node: Node) -> Node | None:
+    """A sum of the rows of a matrix, each times its weight, where the weights were given an axis for the product."""
+    a, b = args(node)
+    (many, rows, columns), depth = shape(node), shape(a)[2]
+    if value(node).dtype.itemsize < 4:
+        return None  # products would be rounded
+    if known(rows == 1) and known(columns == 1):
+        vectors = (in_shape(w, x, (many, depth), node) for x in (a, b))
+        total = w.make(node, aten.sum.dim_IntList, w.make(node, aten.mul.Tensor, *vectors), [1], True)
+        return in_shape(w, total, (many, 1, 1), node)
+    if stands_alone(a) and across(b, 2, 1):
+        matrix, weights = b, a
+    elif stands_alone(b) and across(a, 1, 2):
+        matrix, weights = w.make(node, aten.permute.default, a, [0, 2, 1]), b
+    else:
+        return None
+    column = in_shape(w, weights, (many, depth, 1), node)
+    total = w.make(node, aten.sum.dim_IntList, w.make(node, aten.mul.Tensor, column, matrix), [1], True)
+    return in_shape(w, total, (many, rows, columns), node)
 
 
 def repetition(x: Node) -> tuple[Node, tuple[Any, ...], list[int]] | None:

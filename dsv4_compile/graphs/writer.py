@@ -4,6 +4,7 @@ FORMS maps ATen ops to functions that write one call in other words: equal as ma
 apart. What a form makes must lie in memory as what it replaces, or the form is dropped.
 """
 
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx import Node
-from torch.fx.node import map_aggregate
+from torch.fx.node import map_aggregate, map_arg
 
 from .graph import CAST, VIEWS, aten, call, head, is_tensor, known, literal, same_shape, size_node, users, value
 
@@ -25,7 +26,7 @@ class Writer:
 
     def settle(self, node: Node) -> Node:
         """The node that stands for `node` from now on."""
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        if node.op != "call_function" or not (isinstance(node.target, torch._ops.OpOverload) or is_part(node)):
             return node
         new = node.args[0] if is_nothing(node) else self.earlier_equal(node)
         if isinstance(new, Node):
@@ -43,6 +44,30 @@ class Writer:
     def make(self, like: Node, target: Any, *args: Any) -> Node:
         """A call, canonical itself, with the model's line of `like`; sizes among the arguments are computed in the graph."""
         return self.settle(call(self.graph, target, map_aggregate(args, partial(size_node, self.graph)), like))
+
+    def laid_out(self, node: Node, new: torch.Tensor) -> bool:
+        """Let the value of `node` lie in memory as `new`, and with it what is computed from it, if nobody outside sees."""
+        values: dict[Node, Any] = {node: new}
+        todo = list(node.users)
+        while todo:
+            user = todo.pop(0)
+            if user.op != "call_function" or user.target is aten.copy_.default or user.is_impure():
+                return False
+            target: Any = user.target
+            arguments: Any = map_arg((user.args, user.kwargs), lambda x: values.get(x, value(x)))
+            try:
+                found = target(*arguments[0], **arguments[1])
+            except RuntimeError:  # a view that does not fit
+                return False
+            if not (isinstance(found, torch.Tensor) and isinstance(value(user), torch.Tensor)):
+                if not _same_parts(found, value(user)):
+                    return False
+            elif not alike(found, value(user)):
+                values[user] = found
+                todo.extend(user.users)
+        for changed, found in values.items():
+            changed.meta["val"] = found
+        return True
 
     def replace(self, node: Node, new: Node) -> Node:
         node.replace_all_uses_with(new)
@@ -63,9 +88,7 @@ class Writer:
 
     def earlier_equal(self, node: Node) -> Node | None:
         """A node above that computes the same."""
-        assert isinstance(node.target, torch._ops.OpOverload)
-        tags = node.target.tags
-        if node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in tags or "empty" in head(node):
+        if not is_part(node) and (changes(node) or "empty" in head(node)):
             return None
         if escapes(node):
             return None
@@ -86,6 +109,24 @@ def alike(new: torch.Tensor, old: torch.Tensor, exactly: bool = True) -> bool:
         return False
     strides = zip(old.shape, new.stride(), old.stride(), strict=True)
     return all(known(a == b) or (not exactly and known(size == 1)) for size, a, b in strides)
+
+
+def is_part(node: Node) -> bool:
+    """One of the results of a call that gives several."""
+    return node.target is operator.getitem
+
+
+def changes(node: Node) -> bool:
+    """Whether a call writes to memory, or gives something else each time."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def _same_parts(new: Any, old: Any) -> bool:
+    """Whether a call with several results gives them as before."""
+    if not isinstance(new, (tuple, list)):
+        return not isinstance(new, torch.Tensor)
+    return all(not isinstance(a, torch.Tensor) or alike(a, b) for a, b in zip(new, old, strict=True))
 
 
 def escapes(node: Node) -> bool:
@@ -140,7 +181,7 @@ def is_call(x: Any, *targets: Any) -> bool:
 def number(x: Any) -> float | int | None:
     """The number that x is, or that each element of it is."""
     sign = 1
-    while isinstance(x, Node) and x.target in VIEWS | {aten.neg.default, CAST}:
+    while isinstance(x, Node) and x.target in VIEWS | {aten.permute.default, aten.neg.default, CAST}:
         sign, x = (-sign if x.target is aten.neg.default else sign), x.args[0]
     x = x.args[1] if is_call(x, aten.full.default) else literal(x)
     return sign * x if isinstance(x, (int, float)) and not isinstance(x, bool) else None
