@@ -151,7 +151,8 @@ def needs_gradients(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> bool:
 
 def hold_floats_of_modules(gm: torch.fx.GraphModule) -> None:
     """Have Dynamo trace again with the floats of modules (eps, scales) as constants, as it takes their ints anyway, where
-    dynamic=True has made them inputs: patterns read them. A caller's own floats stay inputs."""
+    dynamic=True has made them inputs: patterns read them. A caller's own floats stay inputs, and so do those that only a
+    region reads, which Dynamo cannot hold."""
     from torch._dynamo.exc import TensorifyScalarRestartAnalysis
     from torch._dynamo.symbolic_convert import TensorifyState
 
