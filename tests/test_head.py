@@ -159,7 +159,7 @@ def test_what_is_neither_stays(rewritten):
         )
         return F.linear(h, model.vocabulary), h.exp(), *joins
 
-    result, report = rewritten(others, X, e, Y)
+    result, report = rewritten(others, X, e, Y, strict=False)  # MTP's modules are there
     assert report.counts["head"] == report.counts["mtp"] == 0
     assert any("is also read by exp" in x.found for x in report.graphs[0].misses if x.rule == "fuse.head/whole")
     for got, want in zip(result, others(X, e, Y), strict=True):

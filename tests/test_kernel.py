@@ -107,7 +107,9 @@ NANO_AND_FLASH = [
 ]
 
 
-@pytest.mark.parametrize("target", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize(
+    "target", ["sm_90a", "sm_100a"] if os.environ.get("DSV4_TEST_CONFIGS") == "all" else ["sm_90a"]
+)
 @pytest.mark.parametrize(
     ("kernel", "shape"), NANO_AND_FLASH, ids=lambda x: x.name if isinstance(x, base.Kernel) else ""
 )

@@ -33,7 +33,7 @@ spellings = importlib.util.module_from_spec(SPEC)  # test files do not import ea
 sys.modules["spellings"] = spellings
 SPEC.loader.exec_module(spellings)
 
-TRIALS = int(os.environ.get("DSV4_SPELLINGS", "10"))
+TRIALS = int(os.environ.get("DSV4_SPELLINGS", "6"))
 PROPERTY = r"\.(mT|T)\b"  # of a parameter, in a nested region: torch's Dynamo (2.13) stops with "Freevar has no source"
 CASES = list(itertools.product(spellings.KINDS, (19, 1), ("moe", "hash_moe")))  # layer, tokens, router
 
