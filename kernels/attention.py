@@ -184,18 +184,10 @@ class Attention:
         if thread % per_row == 0:
             room[plan.top + mine] = top
             room[plan.total + mine] = total
-        self.everybody()
+        of_warp.everybody(self.splits)
         self.combine(split, chunk, group, token, sink, cos, sin, sums, marks, out, start, thread)
         if const_expr(self.splits > 1):
-            self.everybody()  # others may still be reading what lies here
-
-    @cute.jit
-    def everybody(self):
-        if const_expr(self.splits > 1):
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
-        else:
-            cute.arch.barrier()
+            of_warp.everybody(self.splits)  # others may still be reading what lies here
 
     @cute.jit
     def pick(self, tile, last, rows, token, window, index, warp, lane):

@@ -1,6 +1,5 @@
 """The compressor: a block has a window, a thread four channels of it; softmax over the window's rows, RMSNorm, RoPE."""
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -61,7 +60,7 @@ class Compressor:
             if v < self.d // VECTOR:
                 self.collect(c, z, index, batch, w, v, entry)
             squares = (entry.load() * entry.load()).reduce(cute.ReductionOp.ADD, init_val=0.0, reduction_profile=0)
-            squares = self.over_threads(squares, v)
+            squares = of_warp.sum_of_row(squares, 0, 1, v, self.threads // 32)
             if v < self.d // VECTOR:
                 scaled = cute.make_rmem_tensor((VECTOR,), self.weight)
                 cute.autovec_copy(cute.zipped_divide(weight, (VECTOR,))[None, v], scaled)
@@ -115,22 +114,6 @@ class Compressor:
                     entry[j] = entry[j] + share * values[j, i]
         for j in cutlass.range_constexpr(VECTOR):
             entry[j] = entry[j] * of_warp.inverse(total[j])
-
-    @cute.jit
-    def over_threads(self, x, thread):
-        """The sum over the block."""
-        x = cute.arch.warp_reduction(x, operator.add)
-        if const_expr(self.threads > 32):
-            count = self.threads // 32
-            of_warps = cutlass.memory.SmemAllocator().allocate_tensor(Float32, cute.make_layout((count,)), 16)
-            if thread % 32 == 0:
-                of_warps[thread // 32] = x
-            cute.arch.barrier()
-            x = Float32(0.0)
-            if thread % 32 < count:
-                x = of_warps[thread % 32]
-            x = cute.arch.warp_reduction(x, operator.add)
-        return x
 
 
 def program(shape: Shape, config: Config):

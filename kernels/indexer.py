@@ -285,17 +285,9 @@ class Program:
                     cute.recast_ptr(room.iterator + plan.weights, dtype=Float32), cute.make_layout((64,))
                 )
                 self.score(q, keys, w, cos, sin, weights, token, T, tile + warp, last, self.warps, room, first)
-            self.everybody()  # counts are zero, scores are there
+            of_warp.everybody(self.blocks)  # counts are zero, scores are there
             shift, prefix, need = self.threshold(k, mine, room, start, thread)
             self.write_chosen(out[token, None], rank, first, mine, shift, prefix, need, room, start, thread)
-
-    @cute.jit
-    def everybody(self):
-        if const_expr(self.blocks > 1):
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
-        else:
-            cute.arch.barrier()
 
     @cute.jit
     def fetch(self, scores, first, mine, room, thread):
@@ -336,7 +328,7 @@ class Program:
                         if many > 0:
                             for b in cutlass.range_constexpr(self.blocks):
                                 count(of_warp.of_block(start + 4 * (merged + here), b), many, False)
-                    self.everybody()
+                    of_warp.everybody(self.blocks)
                 digit, above, equal = self.crossing(merged, bins, p, need, room, thread)
                 prefix = prefix * Uint32(bins) + Uint32(digit)
                 need = need - above
@@ -400,7 +392,7 @@ class Program:
                 there = of_warp.of_block(start + 4 * (plan.before + 2 * rank), thread)
                 store(there, all_above)
                 store(there + 4, all_equal)
-            self.everybody()
+            of_warp.everybody(self.blocks)
             for b in cutlass.range_constexpr(self.blocks):
                 of_above, of_equal = room[plan.before + 2 * b], room[plan.before + 2 * b + 1]
                 above, equal = above + (of_above if b < rank else 0), equal + (of_equal if b < rank else 0)

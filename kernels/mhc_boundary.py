@@ -12,36 +12,27 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, const_expr
+from cutlass import Float32, const_expr
 
 from dsv4_compile.kernel import Kernel, fake, of_tokens, stream
+from dsv4_compile.kernels import mhc
 from dsv4_compile.kernels import warps as of_warp
+from dsv4_compile.kernels.mhc import DTYPES, VECTOR
 
-VECTOR = 4  # numbers of one load: 128 bits of fp32
 BLOCKS = 128  # at most; a cluster serves several tokens where there are more
 HELD = 4  # rows of fn that stay in registers where a block has more threads than these two numbers allow all of them
 MANY, WIDEST = 256, 512  # threads that hold columns
-DTYPES = {"bf16": BFloat16, "fp32": Float32}
 
 
 @dataclass(frozen=True)
-class Shape:
-    """n streams of D numbers of `dtype`, at most 4, D a multiple of 4. iters 0: the last collapse, which makes no post and
-    comb. taken: whether streams take up a block's output first. weight: dtype of the norm behind, or "none". settled: fn, base,
-    scale and weight cannot be what the launch before writes, which may still run when they are read."""
+class Shape(mhc.Shape):
+    """As mHC's other kernels have it, with at most 4 streams. taken: whether streams take up a block's output first. weight:
+    dtype of the norm behind, or "none". settled: fn, base, scale and weight cannot be what the launch before writes, which may
+    still run when they are read."""
 
-    n: int
-    D: int
-    dtype: str
-    iters: int
     taken: bool
     weight: str
     settled: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Of the mixture."""
-        return (2 + self.n) * self.n if self.iters else self.n
 
 
 @dataclass(frozen=True)

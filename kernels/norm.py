@@ -1,7 +1,6 @@
 """RMSNorm, with and without a weight, with and without RoPE behind it, written in order or into a cache. A row is read once
 and kept in registers; a warp or several hold it."""
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -82,19 +81,7 @@ class RMSNorm:
                     cute.autovec_copy(cute.zipped_divide(weight, (self.vector,))[None, v], weights[None, i])
         y = kept.load().to(Float32)
         squares = (y * y).reduce(cute.ReductionOp.ADD, init_val=0.0, reduction_profile=0)
-        squares = cute.arch.warp_reduction(squares, operator.add)
-        if const_expr(self.warps > 1):
-            of_warps = cutlass.memory.SmemAllocator().allocate_tensor(
-                Float32, cute.make_layout((self.rows, self.warps), stride=(self.warps, 1)), 16
-            )
-            warp, lane = t // 32, t % 32
-            if lane == 0:
-                of_warps[here, warp] = squares
-            cute.arch.barrier()
-            part = Float32(0.0)
-            if lane < self.warps:
-                part = of_warps[here, lane]
-            squares = cute.arch.warp_reduction(part, operator.add)
+        squares = of_warp.sum_of_row(squares, here, self.rows, t, self.warps)
         y = y * cute.math.rsqrt(squares / Float32(self.D) + eps)
         if const_expr(self.weight is not None):
             y = y * weights.load().to(Float32)

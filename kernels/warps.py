@@ -1,6 +1,8 @@
 """What a warp does at once and CuTeDSL has no short word for: products of small matrices, their operands from shared
 memory, copies into it, and reads of another block's. Addresses of shared memory are 32-bit integers."""
 
+import operator
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32
@@ -84,6 +86,34 @@ def load_words(address, local: bool):
 def store_word(address, value):
     """Into the shared memory of the block that `of_block` gave the address in."""
     cute.arch.inline_ptx("st.shared::cluster.f32 [{$r0}], {$r1};", read_only_args=[address, value])
+
+
+def everybody(blocks: int):
+    """Wait for all threads of a cluster of so many blocks."""
+    if blocks > 1:
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+    else:
+        cute.arch.barrier()
+
+
+@cute.jit
+def sum_of_row(x, row, rows, thread, warps):
+    """The sum over the warps that hold a row, in each of its threads; a block has several rows, one thread counts within."""
+    x = cute.arch.warp_reduction(x, operator.add)
+    if cutlass.const_expr(warps > 1):
+        of_warps = cutlass.memory.SmemAllocator().allocate_tensor(
+            Float32, cute.make_layout((rows, warps), stride=(warps, 1)), 16
+        )
+        warp, lane = thread // 32, thread % 32
+        if lane == 0:
+            of_warps[row, warp] = x
+        cute.arch.barrier()
+        part = Float32(0.0)
+        if lane < warps:
+            part = of_warps[row, lane]
+        x = cute.arch.warp_reduction(part, operator.add)
+    return x
 
 
 def follow():

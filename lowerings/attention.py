@@ -2,6 +2,7 @@
 
 import torch
 
+from dsv4_compile.lowerings.norm import DTYPES
 from dsv4_compile.lowerings.rope import rope
 from dsv4_compile.op import Cost, Tensor, acc, at_least, known, op
 
@@ -156,7 +157,6 @@ def flat_rows(index: Tensor, x: Tensor) -> Tensor:
 
 # On a GPU
 
-DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 LARGEST = 1024  # channels
 
 

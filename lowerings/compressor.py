@@ -2,6 +2,7 @@
 
 import torch
 
+from dsv4_compile.lowerings.norm import DTYPES
 from dsv4_compile.op import Cost, Tensor, acc, op
 
 
@@ -77,8 +78,6 @@ def _(c, z, index, weight, cos, sin, eps, overlap):
 
 
 # On a GPU
-
-DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # of the weight
 
 
 def fits_the_kernel(a) -> bool | str:

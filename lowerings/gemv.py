@@ -8,20 +8,20 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
+from dsv4_compile.lowerings.norm import DTYPES
 from dsv4_compile.op import Tensor, known
 
 if TYPE_CHECKING:
     from dsv4_compile.kernels.gemv import Shape
 
 ROWS = 8  # beyond them, other kernels use the processors better
-FLOATS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 ALIGNED = {"bf16": 8, "fp32": 8, "fp8": 16, "mxfp4": 32, "nvfp4": 32}  # columns of a row's loads
 
 
 def format_of(weight: Tensor, scale: Tensor | None, scale_2: Tensor | None) -> str | None:
     """By the dtypes, as `dequantize` tells them; None where the kernels know no such format."""
     if scale is None:
-        return FLOATS.get(weight.dtype)
+        return DTYPES.get(weight.dtype)
     if weight.dtype == torch.float8_e4m3fn:
         return "fp8" if scale.dtype in (torch.float8_e8m0fnu, torch.float32) and scale_2 is None else None
     if weight.dtype == torch.uint8:
@@ -51,7 +51,7 @@ def streams(weight: Tensor, scale: Tensor | None, scale_2: Tensor | None) -> boo
 
 def few(x: Tensor, rows: Any) -> bool | str:
     """Whether the vectors suit the kernels."""
-    if x.dtype not in FLOATS:
+    if x.dtype not in DTYPES:
         return f"vectors of {x.dtype}: the kernels take bfloat16 and float32"
     return known(rows <= ROWS) or f"more than {ROWS} rows, or a number that is not known"
 
@@ -79,7 +79,7 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor | None, scale_2: Tensor | 
     format = format_of(weight, scale, scale_2)
     assert format is not None, "`streams` was not asked"
     e8m0 = scale is None or scale.dtype != torch.float32
-    shape = Shape(M, G, R, K, format, e8m0, FLOATS[x.dtype], FLOATS[out])
+    shape = Shape(M, G, R, K, format, e8m0, DTYPES[x.dtype], DTYPES[out])
     early = int(settled(y, weight, scale, scale_2))
     stored = words(weight), flat(scale), None if scale_2 is None else scale_2.view(1)
     at_once = rows_at_once(shape)

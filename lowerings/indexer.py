@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from dsv4_compile.lowerings.attention import of_tokens, rotary
+from dsv4_compile.lowerings.norm import DTYPES
 from dsv4_compile.lowerings.rope import rope
 from dsv4_compile.op import Cost, Tensor, acc, at_least, known, op
 
@@ -96,7 +97,6 @@ def best(score: Tensor, k: int) -> Tensor:
 # On a GPU
 
 LARGEST = 319488  # entries for which the kernel has room
-DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # of the weights
 
 
 def fits_the_kernel(a) -> bool | str:

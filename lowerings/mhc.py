@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from dsv4_compile.lowerings import native
+from dsv4_compile.lowerings.norm import DTYPES
 from dsv4_compile.lowerings.sinkhorn import balanced, sinkhorn
 from dsv4_compile.op import Cost, Tensor, acc, at_least, op
 
-DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # of the kernels
 FEW, SMALL = 16, 1 << 16  # few tokens, or coefficients that stay in a cache: one loop in C++ beats calls of PyTorch
 
 

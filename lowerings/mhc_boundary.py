@@ -5,8 +5,8 @@ import math
 import torch
 
 from dsv4_compile.lowerings.gemv import settled
-from dsv4_compile.lowerings.mhc import DTYPES, fits_post, mhc_post, mhc_pre
-from dsv4_compile.lowerings.norm import rms_norm
+from dsv4_compile.lowerings.mhc import fits_post, mhc_post, mhc_pre
+from dsv4_compile.lowerings.norm import DTYPES, rms_norm
 from dsv4_compile.op import Cost, Tensor, known, op
 
 WIDEST = 16 * 512 * 4  # numbers in all streams of a token: blocks of a cluster, their threads, the vector of each

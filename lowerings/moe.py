@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from dsv4_compile.lowerings import gemv, native
 from dsv4_compile.lowerings.dequantize import dequantize, dequantized
 from dsv4_compile.lowerings.grouped_mm import grouped_mm
+from dsv4_compile.lowerings.norm import DTYPES
 from dsv4_compile.lowerings.pointwise import swiglu
 from dsv4_compile.op import Cost, Tensor, acc, hinted, known, op
 
@@ -83,7 +84,7 @@ def few_and_streamed(a: Any) -> bool | str:
     verdict = gemv.few(a.x, a.x.shape[0])
     if verdict is not True:
         return verdict
-    if a.expert.dtype != torch.int64 or a.gate.dtype not in gemv.FLOATS:
+    if a.expert.dtype != torch.int64 or a.gate.dtype not in DTYPES:
         return f"choices of {a.expert.dtype} with gates of {a.gate.dtype}"
     stored = (a.w1, a.s1, a.t1), (a.w3, a.s3, a.t3), (a.w2, a.s2, a.t2)
     for s in stored:
@@ -102,7 +103,7 @@ def _(x, expert, gate, w1, w3, w2, limit, s1, s3, s2, t1, t3, t2):
         return x.new_zeros(x.shape, dtype=torch.float32)
     format = gemv.format_of(w1, s1, t1)
     assert format is not None, "`few_and_streamed` was not asked"
-    shape = Shape(N, k, X, D, I, format, s1 is None or s1.dtype != torch.float32, gemv.FLOATS[x.dtype])
+    shape = Shape(N, k, X, D, I, format, s1 is None or s1.dtype != torch.float32, DTYPES[x.dtype])
     h, y = x.new_empty(N * k, I), x.new_empty(N, D, dtype=torch.float32)
     gemv.settled(y)
     matrices = [gemv.words(w) for w in (w1, w3, w2)]

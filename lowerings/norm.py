@@ -46,7 +46,7 @@ def _(a):
 # On a GPU
 
 LONGEST = 16384  # columns: what a block keeps in registers, with their weights
-DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # as kernels name them
 
 
 def fits_the_kernel(a) -> bool | str:
