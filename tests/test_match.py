@@ -50,7 +50,15 @@ NORMS = {
     "weight broadcast": lambda x: (
         x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * W[None, None].expand(2, 2, 8)
     ),
+    "one repetition, made twice": lambda x: norm_of(
+        x[0].unsqueeze(1).expand(2, 2, 8), x[0].view(2, 1, 1, 8).expand(2, 2, 1, 8).reshape(2, 2, 8)
+    ),
 }
+
+
+def norm_of(x, y):
+    """A norm of x if y is x."""
+    return x * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + EPS) * W
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -70,6 +78,8 @@ NOT_NORMS = {
         x * torch.rsqrt(x.view(2, 2, 2, 4).pow(2).mean(-1, keepdim=True) + EPS).expand(2, 2, 2, 4).reshape(2, 2, 8) * W
     ),
     "transposed on the way": lambda x: x * torch.rsqrt(x.mT.pow(2).mean(-1, keepdim=True) + EPS).sum() * W,
+    "repeated along another axis": lambda x: norm_of(x[0].unsqueeze(1).expand(2, 2, 8), x[0].expand(2, 2, 8)),
+    "another thing repeated": lambda x: norm_of(x[0].unsqueeze(1).expand(2, 2, 8), x[1].unsqueeze(1).expand(2, 2, 8)),
     "negative": lambda x: x * -torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * W,
 }
 

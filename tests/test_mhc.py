@@ -258,6 +258,23 @@ def test_the_norm_before_the_product_raises(rewritten, dtype):
     torch.testing.assert_close(result, model(*args), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("length", [1, 3])
+def test_the_first_collapse_raises_as_a_product(rewritten, length):
+    """Its streams are one embedding, repeated: einsum turns them on the way, and repeats the turned."""
+
+    def first(tokens, table, fn, base, scale):
+        X = table[tokens].unsqueeze(2).expand(-1, -1, 4, -1)
+        f = X.flatten(2)
+        r = torch.rsqrt(f.square().mean(-1, keepdim=True) + RMS_EPS)
+        coefficients = torch.sigmoid(F.linear(f, fn) * r * scale + base) + EPS
+        return torch.einsum("...n,...nd->...d", coefficients, X)
+
+    args = torch.randint(7, (2, length)), torch.randn(7, 6), *weights(4, 6, 4, 1, torch.float32)
+    result, report = rewritten(first, *args)
+    assert report.runs == {("mhc_head", "cpu"): 1}
+    torch.testing.assert_close(result, first(*args))
+
+
 def test_the_mixture_as_a_sum_raises(rewritten):
     def mixed(X, y, post, comb):
         return y.unsqueeze(2) * post.unsqueeze(-1) + torch.sum(X.unsqueeze(3) * comb.unsqueeze(-1), dim=2)

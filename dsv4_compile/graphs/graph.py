@@ -103,15 +103,31 @@ def unexpanded(x: Any) -> Any:
     return x
 
 
-def same_value(a: Node, b: Node) -> bool:
-    """Two nodes that hold the same numbers in the same shape: one root, and only casts and reshapes above it."""
+def same_elements(a: Any, b: Any) -> bool:
+    """Whether two tensors of as many elements hold the same ones in the same order: both are reshaped from one, or from
+    repetitions of one along the same axes. Axes of size 1 count for nothing."""
+    a, b = _unshaped(a), _unshaped(b)
+    if a is b:
+        return True
+    if not (a.target is b.target is aten.expand.default):
+        return False
+    (sizes, repeated), (others, too) = _repetition(a), _repetition(b)
+    return same_shape(sizes, others) and repeated == too and same_elements(a.args[0], b.args[0])
 
-    def root(x: Any) -> Node:
-        while is_cast(x) or x.target in RESHAPES:
-            x = x.args[0]
-        return x
 
-    return a is b or (root(a) is root(b) and same_shape(shape(a), shape(b)))
+def _unshaped(x: Any) -> Any:
+    """Below casts and views that repeat nothing."""
+    while is_cast(x) or (isinstance(x, Node) and x.target in RESHAPES):
+        x = x.args[0]
+    return x
+
+
+def _repetition(x: Node) -> tuple[list[Any], list[bool]]:
+    """The axes of an expansion that are longer than 1: their sizes, and which of them repeat."""
+    wide, narrow = shape(x), shape(x.args[0])
+    narrow = (1,) * (len(wide) - len(narrow)) + narrow
+    long = [(n, known(m == 1)) for n, m in zip(wide, narrow, strict=True) if not known(n == 1)]
+    return [n for n, _ in long], [repeats for _, repeats in long]
 
 
 def users(x: Node) -> Iterator[Node]:

@@ -21,7 +21,7 @@ from .graph import (
     is_view,
     known,
     literal,
-    same_value,
+    same_elements,
     shape,
     strip,
     term,
@@ -156,13 +156,12 @@ class Search:
     def bind_input(self, p: Node, m: Node, binding: Binding) -> list[Work] | None:
         """m, or what it is a view of, as the parameter p: the first that has its shape, then the first that has it when
         leading axes are multiplied together."""
-        chain = list(_chain(m))
+        chain, rank = list(_chain(m)), len(shape(p))
         if p in binding.nodes:
-            if any(same_value(binding.nodes[p], c) for c in chain):
+            if any(self.again(p, c, binding) for c in chain):
                 return [[]]
             self.fail(binding, f"{self.pattern.inputs[p]} again", m)
             return None
-        rank = len(shape(p))
         tensors = [c for c in chain if is_tensor(c) and len(shape(c)) >= rank]
         for c in sorted(tensors, key=lambda c: len(shape(c)) > rank):
             trial = binding.copy()
@@ -172,6 +171,13 @@ class Search:
                 return [[]]
         self.fail(binding, f"{self.pattern.inputs[p]} of shape {list(shape(p))}", m)
         return None
+
+    def again(self, p: Node, m: Node, binding: Binding) -> bool:
+        """Whether m is the parameter p once more: of p's shape, with the elements of what stands for p already."""
+        before = binding.nodes[p]
+        if m is before or not (is_tensor(m) and same_elements(before, m)):
+            return m is before
+        return len(shape(m)) >= len(shape(p)) and self.shapes(shape(p), shape(m), binding.copy())
 
     def same_call(self, p: Node, m: Node, a: Term, b: Term, binding: Binding) -> list[Work] | None:
         if len(a.operands) != len(b.operands) or a.literals.keys() != b.literals.keys():
