@@ -85,6 +85,16 @@ class AlreadyWrong(DSV4Error):
         )
 
 
+class NotForAScript(DSV4Error):
+    """A bisection was asked for a script that could not load what it needs."""
+
+    def __init__(self, what: str):
+        super().__init__(
+            f"{what} cannot be written into a script: no other process can import it. Define it at the top of a module of its "
+            "own, give an expression that makes the model with source=, or leave out script=."
+        )
+
+
 class LoweringFailed(DSV4Error):
     """Asking who runs an op, or writing its meaning into the graph, raised."""
 

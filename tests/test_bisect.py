@@ -20,7 +20,7 @@ from dsv4_compile.accuracy.capture import Captured
 from dsv4_compile.accuracy.torch_bisect import torch_bisect
 from dsv4_compile.commands import cli
 from dsv4_compile.config import Config
-from dsv4_compile.errors import AlreadyWrong, TracedAgain, UnknownName
+from dsv4_compile.errors import AlreadyWrong, NotForAScript, TracedAgain, UnknownName
 from dsv4_compile.lowerings import OPS
 from dsv4_compile.passes import PassManager
 from dsv4_compile.patterns import RULES, norm
@@ -34,6 +34,8 @@ class Paper(Hunt):
 
     def __init__(self, count: int, groups: list[set[int]], takes: dict[int, int], budget: int = 10_000):
         self.config, self.compiles, self.budget, self.known, self.sites = Config(), 0, budget, {}, []
+        self.told = []
+        self.tell = self.told.append
         self.groups = [{str(i) for i in g} for g in groups]
         self.all = [
             Site("rule", "rule", "op", "here", "layer", id=str(i), absorbs=(str(takes[i]),) if i in takes else ())
@@ -76,7 +78,9 @@ def test_the_search_finds_all_groups_within_the_bound(paper):
 
 
 def test_a_wrong_part_takes_what_is_made_of_it_along():
-    found = Paper(6, [{1}, {4}], {3: 1, 5: 3}).run("paper", 0.5)
+    paper = Paper(6, [{1}, {4}], {3: 1, 5: 3})
+    found = paper.run("paper", 0.5)
+    assert len(paper.told) == 3 and paper.told[1].startswith("rule in layer: 1, without it 1; ")
     assert [[s.id for s in g.sites] for g in found.guilty] == [["1"], ["4"]] and found.rest == 0
     assert found.needed == ("1", "4")
     (only,) = Paper(6, [{3}], {3: 1}).run("paper", 0.5).guilty  # needs 1, which is innocent
@@ -123,12 +127,16 @@ X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
 
 def test_it_names_rule_layer_and_line_and_writes_a_script(model, tmp_path):
+    def farthest(got, want):  # a metric of the user's, which the script must hold
+        return float((got - want).abs().max())
+
     with eps(1e5):
-        found = dsv4_compile.bisect(model, X, threshold=1e-3, script=tmp_path / "repro.py")
+        found = dsv4_compile.bisect(model, X, metric=farthest, threshold=1e-3, script=tmp_path / "repro.py")
         first, second = (g.sites[0] for g in found.guilty)
         assert (first.rule, first.layer, second.layer) == ("raise.rms_norm/weighted", "0", "3")
         assert found.sites == 4 and found.value > 1e-3 > found.rest and found.compiles <= 2 * 4 + 2
         assert all(g.value == g.contribution[0] > 1e-3 for g in found.guilty)
+        assert "options={'disable': 'raise.rms_norm'}" in str(found)
         assert f"in 0 at {first.where}" in str(found) and str(tmp_path / "repro.py") in str(found)
         torch._dynamo.reset()
         with pytest.raises(SystemExit) as ended:
@@ -136,6 +144,24 @@ def test_it_names_rule_layer_and_line_and_writes_a_script(model, tmp_path):
         assert ended.value.code == 1
     done = subprocess.run([sys.executable, "-P", str(found.script)], capture_output=True, text=True)
     assert done.returncode == 0 and "nothing to find" in done.stdout, done.stderr
+
+
+class Local(nn.Module):
+    """Stands for a model of the user's main program."""
+
+    __module__ = "__main__"
+
+
+@pytest.mark.parametrize(
+    ("how", "what"),
+    [({"metric": lambda got, want: 0.0}, "the metric '<lambda>'"), ({}, "the model's 'Local'")],
+    ids=str,
+)
+def test_what_no_script_could_load_is_said_before_the_search(tmp_path, how, what):
+    script = tmp_path / "repro.py"
+    with pytest.raises(NotForAScript, match=f"{what} cannot be written into a script"):
+        dsv4_compile.bisect(nn.Sequential(Local()), X, script=script, **how)
+    assert not script.exists()
 
 
 def test_a_right_model_costs_two_compiles(model):

@@ -57,6 +57,11 @@ class Bisection:
         lines.append(f"without them {self.rest:.3g}; {self.compiles} compiles")
         if self.spent:
             lines.append(f"the budget of {self.compiles} compiles is spent, there may be more: give a larger budget")
+        if self.guilty:
+            names = sorted({s.rule.split("/")[0] for g in self.guilty for s in g.sites})
+            lines.append(
+                f"to do without: options={{'disable': '{','.join(names)}'}}, or DSV4_DISABLE={','.join(names)}"
+            )
         if self.script is not None:
             lines.append(f"script: {self.script}")
         return "\n".join(lines)
@@ -71,6 +76,7 @@ def bisect(
     options: dict[str, Any] | None = None,
     script: str | Path | None = None,
     source: str | None = None,
+    tell: Callable[[str], None] = lambda _: None,
     rules: Sequence[Rule] = RULES,
     ops: Sequence[Op] = OPS,
     **kwargs: Any,
@@ -82,14 +88,17 @@ def bisect(
     threshold: by default what rounding does not reach. budget: compiles to spend; for k guilty among n rewrites at most
     k (ceil(log2 n) + 2) + 2, and one for each member of a group. options: those of the backend. script: where to write a
     Python file that shows the fault; `source` is an expression that makes the model there, by default it is stored beside.
+    tell: gets a line on what was found so far, now and then.
 
-    Raises AlreadyWrong if the model is wrong without any rewrite.
+    Raises AlreadyWrong if the model is wrong without any rewrite, NotForAScript if the script could not load the model.
     """
     name, measure = metrics.chosen(metric, args)
+    if script is not None:
+        repro.check(model, metric, source)
     config = configuration.resolve(
         {**(options or {}), "regions": False, "inner": "eager"}, passes={r.name for r in rules}, devices=DEVICES
     )
-    hunt = Hunt(Captured(model, args, kwargs), config, tuple(rules), tuple(ops), measure, budget)
+    hunt = Hunt(Captured(model, args, kwargs), config, tuple(rules), tuple(ops), measure, budget, tell)
     threshold = metrics.default(name, hunt.want) if threshold is None else threshold
     found = hunt.run(name, threshold)
     if script is not None and found.guilty:
@@ -112,7 +121,9 @@ class Hunt:
         ops: tuple[Op, ...],
         measure: metrics.Metric,
         budget: int,
+        tell: Callable[[str], None] = lambda _: None,
     ):
+        self.tell = tell
         self.captured, self.config, self.rules, self.ops = captured, config, rules, ops
         self.measure, self.budget, self.compiles = measure, budget, 0
         self.want = captured.eager()
@@ -157,6 +168,7 @@ class Hunt:
         value, report = self.compile(self.config.sites)
         self.sites = [s for g in report.graphs for s in g.sites]
         found = Bisection(name, threshold, len(self.sites), value, rest=value)
+        self.tell(f"{len(self.sites)} rewrites, {name} {value:.3g}")
         rest = [s.id for s in self.sites]
         try:
             while found.rest > threshold:
@@ -165,6 +177,10 @@ class Hunt:
                 found.guilty.append(Guilty(sites, self.value(group), tuple(self.value([s.id]) for s in sites)))
                 rest = [s for s in rest if not self.needed([s]) & set(group)]
                 found.rest = self.value(rest)
+                places = ", ".join(f"{s.rule} in {s.layer}" for s in sites)
+                self.tell(
+                    f"{places}: {found.guilty[-1].value:.3g}, without it {found.rest:.3g}; {self.compiles} compiles"
+                )
         except Spent:
             found.spent = True
         found.compiles = self.compiles

@@ -28,8 +28,10 @@ def bisect(
     from ..accuracy.bisect import bisect as search
     from ..errors import DSV4Error
     from .inputs import InputError
+    from .screen import Screen
 
-    with plainly(InputError, DSV4Error):
+    screen = Screen()
+    with plainly(InputError, DSV4Error), screen.step("searching"):
         loaded, tokens, options = prepared(model, prompt, device, dtype, disable, lowerings)
         place = repr(str(model.resolve())) if model is not None else "nano.CHECKPOINT"
         source = f"reference_model.load({place}, {str(tokens.device)!r}, {loaded.embed.weight.dtype})"
@@ -42,6 +44,7 @@ def bisect(
             options=options,
             script=script,
             source=f"{source}.requires_grad_(False)",
+            tell=screen.note,
         )
     typer.echo(str(result))
     if result.guilty or result.spent:
@@ -60,8 +63,9 @@ def shadow(
     from ..accuracy.shadow import shadow as watch
     from ..errors import DSV4Error
     from .inputs import InputError
+    from .screen import Screen
 
-    with plainly(InputError, DSV4Error):
+    with plainly(InputError, DSV4Error), Screen().step("comparing"):
         loaded, tokens, options = prepared(model, prompt, device, dtype, disable, lowerings)
         result = watch(loaded, tokens, options=options)
     typer.echo(str(result))

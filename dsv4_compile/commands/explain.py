@@ -38,11 +38,13 @@ def explain(
     """Show each kind of layer: its ops, who runs them or why Inductor does, FLOPs, bytes, least time; and near misses."""
     from ..errors import DSV4Error
     from .inputs import InputError, check_writable
+    from .screen import Screen
 
     asked = {"passes": passes, "disable": disable, "lowerings": lowerings, "strict": strict or None, "diff": diff}
     with plainly(InputError, DSV4Error):
         check_writable(out, "--json")
-        report = described(model, phase, length, device, dtype, asked, (machine, tflops, bandwidth))
+        with Screen().step("capturing and rewriting"):
+            report = described(model, phase, length, device, dtype, asked, (machine, tflops, bandwidth))
     typer.echo(str(report))
     if out is not None:
         out.write_text(json.dumps(content(report), indent=2) + "\n", encoding="utf-8")
