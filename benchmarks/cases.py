@@ -19,6 +19,7 @@ from dsv4_compile.lowerings.grouped_mm import grouped_mm
 from dsv4_compile.lowerings.head import head, mtp_join
 from dsv4_compile.lowerings.indexer import indexer
 from dsv4_compile.lowerings.linear import grouped_linear, linear, linear_wide
+from dsv4_compile.lowerings.linears import LINEARS
 from dsv4_compile.lowerings.mhc import mhc_head, mhc_post, mhc_pre
 from dsv4_compile.lowerings.mhc_boundary import mhc_boundary, mhc_enter
 from dsv4_compile.lowerings.moe import moe
@@ -253,7 +254,34 @@ class Cases:
         wide_layers = {"router's logits": c.n_routed_experts, "compressor's values": 2 * c.head_dim}
         for what, rows in wide_layers.items():
             yield Case(what, linear_wide, lambda rows=rows: (self.x(N, D), *self.matrix(rows, D)))
+        yield from self.of_the_same_vectors()
         yield Case("numbers of an fp8 matrix", dequantize, lambda: self.matrix(D, G * R, format="fp8"))
+
+    def of_the_same_vectors(self) -> Iterator[Case]:
+        """Rows of each matrix, and which results are wide."""
+        c, D = self.c, self.c.hidden_size
+        q, d, index = c.q_lora_rank, c.head_dim, c.index_head_dim
+        both, I = (2 * index, 2 * index, 2 * d, 2 * d), c.moe_intermediate_size
+        readers = {
+            "queries and indexer's": (q, (c.num_attention_heads * d, c.index_n_heads * index), 0b00),
+            "router and shared expert": (D, (c.n_routed_experts, I, I), 0b001),
+            "readers of y, 128 to 1": (D, (q, d, d, d), 0b1100),
+            "compressors and indexer's weights": (D, (c.index_n_heads, *both), 0b11110),
+            "readers of y, 4 to 1, but for one": (D, (q, d, *both), 0b111100),
+            "readers of y, 4 to 1": (D, (q, d, c.index_n_heads, *both), 0b1111000),
+        }
+        for what, (K, rows, wide) in readers.items():
+            op = LINEARS[len(rows)]
+            yield Case(what, op, lambda K=K, rows=rows, wide=wide: (self.x(self.N, K), *self.several(rows, K), wide))
+
+        def stored() -> Inputs:
+            (a, a_scale), (b, b_scale) = self.matrix(q, D, format="fp8"), self.matrix(d, D, format="fp8")
+            return self.x(self.N, D), a, b, 0b00, a_scale, b_scale
+
+        yield Case("queries and keys, fp8", LINEARS[2], stored)
+
+    def several(self, rows: tuple[int, ...], K: int) -> list[Tensor]:
+        return [self.matrix(r, K)[0] for r in rows]
 
     def experts(self) -> Iterator[Case]:
         c, N = self.c, self.N

@@ -57,7 +57,8 @@ def model_of(ours: DSV4, layers: list[nn.Module], mark: Any) -> Any:
     held = {path: t for path, t in [*ours.named_parameters(), *ours.named_buffers()] if not path.startswith("layers.")}
     for i, layer in enumerate(layers):
         held |= {f"layers.{i}.{path}": t for path, t in [*layer.named_parameters(), *layer.named_buffers()]}
-    wide = model._keep_in_fp32_modules_strict or ()
+    # not norms: transformers before 5.20 multiplies in the dtype of their weights
+    wide = [w for w in model._keep_in_fp32_modules_strict or () if "norm" not in w]
     device = held["embed.weight"].device
     for path, module in model.named_modules():
         for own in (module._parameters, module._buffers):

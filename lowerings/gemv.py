@@ -1,5 +1,6 @@
 """Products of few rows on a GPU: which ones the kernels that stream a matrix take, and how arguments reach them."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -94,19 +95,20 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor | None, scale_2: Tensor | 
     return y
 
 
-WRITTEN = 0  # where the memory begins that the last launch of this kind writes
+WRITTEN: set[int] = set()  # where the memory begins that the last launch of this kind writes
 
 
-def settled(out: Tensor, *read: Tensor | None) -> bool:
+def settled(out: Tensor | Sequence[Tensor], *read: Tensor | None) -> bool:
     """Whether what is read was there long before: these launches may start while the one before them ends, and read before its
     end what it cannot have written. So are parameters in a graph, unless the launch before writes into one. Called once
     before each launch, with what it writes."""
     global WRITTEN
-    if isinstance(out, FakeTensor):
+    outs = (out,) if isinstance(out, Tensor) else out
+    if isinstance(outs[0], FakeTensor):
         return False
-    before, WRITTEN = WRITTEN, out.untyped_storage().data_ptr()
+    before, WRITTEN = WRITTEN, {o.untyped_storage().data_ptr() for o in outs}
     return torch.cuda.is_current_stream_capturing() and all(
-        t is None or (isinstance(owner(t), Parameter) and t.untyped_storage().data_ptr() != before) for t in read
+        t is None or (isinstance(owner(t), Parameter) and t.untyped_storage().data_ptr() not in before) for t in read
     )
 
 
@@ -116,8 +118,14 @@ def owner(x: Tensor) -> Tensor:
 
 
 @cache
+def fits(shape: Any) -> bool:
+    """Whether a kernel of `stream` has a configuration."""
+    from dsv4_compile.kernels.stream import configs_of
+
+    return any(True for _ in configs_of(shape.work))
+
+
+@cache
 def rows_at_once(shape: "Shape") -> int:
     """How many of the vectors fit into shared memory."""
-    from dsv4_compile.kernels.gemv import configs
-
-    return next(M for M in range(shape.M, 0, -1) if any(True for _ in configs(replace(shape, M=M))))
+    return next(M for M in range(shape.M, 0, -1) if fits(replace(shape, M=M)))

@@ -189,9 +189,9 @@ Draw = Normal | Uniform | Matrix | Scale | Rows | Slots | Windows | Ends | Count
 
 @dataclass(frozen=True)
 class Contract:
-    """outputs: dtype of each: "x" that of argument x; "acc x" that, but at least fp32; of several arguments the widest; or
-    a dtype by name. accumulate: the dtype of sums. order: of reductions. ties: which of equal candidates is taken. sets:
-    the last axis of integers is a set, in any order.
+    """outputs: dtype of each: "x" that of argument x; "acc x" that, but at least fp32; of several arguments the widest; a
+    dtype by name; or "x, acc x if wide & 4": another one if that bit of an integer is set. accumulate: the dtype of sums.
+    order: of reductions. ties: which of equal candidates is taken. sets: the last axis of integers is a set, in any order.
     tolerance: as TOLERANCE, where the op differs from it. draws: inputs by argument. ties_draws: inputs with ties."""
 
     outputs: tuple[str, ...]
@@ -213,6 +213,10 @@ class Contract:
 
 
 def _dtype(text: str, arguments: Mapping[str, Any]) -> torch.dtype:
+    text, _, other = text.partition(", ")
+    if other:
+        name, bit = other.partition(" if ")[2].split(" & ")
+        text = other.partition(" if ")[0] if arguments[name] & int(bit) else text
     if isinstance(named := getattr(torch, text, None), torch.dtype):
         return named
     words = text.split()
@@ -265,6 +269,14 @@ CONTRACTS: dict[str, Contract] = {
         },
     ),
     "linear_wide": Contract(("acc x",), draws={"weight": Matrix(8.0)}),
+    **{
+        f"linears_{count}": Contract(
+            tuple(f"x, acc x if wide & {1 << i}" for i in range(count)),
+            accumulate="products in x's dtype at least",
+            draws={f"w{i}": Matrix(8.0) for i in range(count)} | {f"s{i}": Scale() for i in range(count)},
+        )
+        for count in range(2, 8)
+    },
     "grouped_mm": Contract(("x",), draws={"w": Matrix(), "ends": Ends("x")}),
     "softmax": Contract(("x",), order="maximum first, then sum", draws={"x": Normal(4.0)}),
     "silu": Contract(("x",), draws={"x": Normal(8.0)}),

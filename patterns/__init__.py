@@ -15,6 +15,7 @@ from . import (
     head,
     indexer,
     linear,
+    linears,
     mhc,
     mhc_boundary,
     moe,
@@ -96,4 +97,5 @@ RULES: tuple[Rule, ...] = (
     head.plain,
     head.few,
     head.stored,
+    *linears.ALL,
 )

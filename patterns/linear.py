@@ -111,7 +111,7 @@ def plain_sides(mm: Node) -> tuple[Any, Node] | None:
 
 
 def few_on_gpu(x: Any, axis: int) -> bool:
-    return value(x).device.type == "cuda" and known(shape(x)[axis] <= FEW)
+    return value(x).device.type != "cpu" and known(shape(x)[axis] <= FEW)  # on meta tensors, as it would be on a GPU
 
 
 def source(w: Any) -> Node | None:

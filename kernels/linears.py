@@ -1,0 +1,142 @@
+"""Few vectors times several stored matrices, in one launch: see `gemv`, and `stream`.
+
+The matrices are read as if their rows lay one after the other, each filled up to whole sixteens of them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Int32, Int64, const_expr
+
+from dsv4_compile.kernel import Kernel, fake
+from dsv4_compile.kernel import stream as current
+from dsv4_compile.kernels import stored
+from dsv4_compile.kernels.gemv import AHEAD, scale_argument
+from dsv4_compile.kernels.stream import DTYPES, ROWS, Config, Stream, Work, configs_of, kind
+
+
+@dataclass(frozen=True)
+class Shape:
+    """y_i[m] = W_i x[m]: matrices of `rows` and K columns, all of one format; `dtype` of x and `outs` of y_i: bf16 or fp32.
+    M, format and e8m0 as in `gemv.Shape`; no format with a second scale."""
+
+    M: int
+    rows: tuple[int, ...]
+    K: int
+    format: str
+    e8m0: bool
+    dtype: str
+    outs: tuple[str, ...]
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Where each matrix ends, filled up."""
+        return tuple(accumulate(-(-rows // ROWS) * ROWS for rows in self.rows))
+
+    @property
+    def work(self) -> Work:
+        return Work(self.format, self.e8m0, self.dtype, self.M, self.K, 1, self.ends[-1], 1)
+
+
+class Linears(Stream):
+    def __init__(self, shape: Shape, config: Config):
+        super().__init__(shape.work, config)
+        self.sizes, self.ends, self.starts = shape.rows, shape.ends, (0, *shape.ends)
+        self.outs = [DTYPES[out] for out in shape.outs]
+        self.scale_row, _ = self.format.scale_bytes(ROWS, shape.K)
+        self.scale_sizes = [self.format.scale_bytes(rows, shape.K)[1] for rows in shape.rows]
+
+    @cute.jit
+    def __call__(self, x: cute.Tensor, weights, scales, ys, early: Int32, stream):
+        self.kernel(x, weights, scales, ys, early).launch(
+            grid=[self.grid * self.split, 1, 1],
+            block=[self.threads, 1, 1],
+            cluster=[self.split, 1, 1],
+            stream=stream,
+            use_pdl=self.overlaps,
+        )
+
+    @cute.jit
+    def place(self, tile, segment, r: int):
+        """See `gemv.Linear.place`."""
+        at = tile * self.rows_of_tile + self.member * ROWS + r * 8 + self.g
+        row = cutlass.min(at, Int32(self.sizes[0] - 1))
+        weight, scale = self.weights[0], self.scales_at[0]
+        end = scale + self.scale_sizes[0]
+        for i in cutlass.range_constexpr(1, len(self.sizes)):
+            inside = at >= self.starts[i]
+            row = cutlass.min(at - self.starts[i], Int32(self.sizes[i] - 1)) if inside else row
+            weight = self.weights[i] if inside else weight
+            scale = self.scales_at[i] if inside else scale
+            end = self.scales_at[i] + self.scale_sizes[i] if inside else end
+        return weight, row, scale, end
+
+    @cute.jit
+    def put(self, tile, m, row, value):
+        at, result = tile * self.rows_of_tile + row, value * self.back
+        for i in cutlass.range_constexpr(len(self.sizes)):
+            y, local = self.ys[i], at - self.starts[i]
+            if local >= 0 and local < self.sizes[i]:
+                y[m, local] = result.to(self.outs[i])
+
+    @cute.jit
+    def fetch_ahead(self, thread):
+        """See `gemv.Linear.fetch_ahead`."""
+        at, size = self.first * self.rows_of_tile + thread, self.format.row_bytes(self.part)
+        for i in cutlass.range_constexpr(len(self.sizes)):
+            local = at - self.starts[i]
+            if thread < self.rows_of_tile and local >= 0 and local < self.sizes[i]:
+                begin = self.weights[i] + Int64(local) * self.row_bytes + self.rank * size
+                stored.fetch_to_l2(begin, Int32(min(size, AHEAD)))
+
+    @cute.kernel
+    def kernel(self, x, weights, scales, ys, early):
+        thread, _, _ = cute.arch.thread_idx()
+        block, _, _ = cute.arch.block_idx()
+        self.allocate()
+        self.ys, self.weights = ys, [w.iterator.toint() for w in weights]
+        self.scales_at = self.weights
+        if const_expr(scales is not None):
+            self.scales_at = [s.iterator.toint() for s in scales]
+        self.begin(thread, block)
+        if const_expr(self.overlaps):
+            if early == 0:
+                self.fetch_ahead(thread)
+                cute.arch.griddepcontrol_wait()
+        self.fill()
+        self.follow()
+        self.stage_vectors(x, None, thread)
+        cute.arch.barrier()
+        self.run(thread)
+
+
+def program(shape: Shape, config: Config):
+    """x [M, K], weights [R_i, row] of 32-bit words, scales (bytes, or fp32) or None -> ys [M, R_i]. early: as in `gemv`."""
+    words, some = stored.Format(shape.format).row_bytes(shape.K) // 4, shape.format in stored.GROUP
+    arguments = (
+        fake(DTYPES[shape.dtype], shape.M, shape.K),
+        tuple(fake(Int32, rows, words) for rows in shape.rows),
+        tuple(scale_argument(shape.format, shape.e8m0) for _ in shape.rows) if some else None,
+        tuple(
+            fake(DTYPES[out], shape.M, rows, align=DTYPES[out].width // 8)
+            for out, rows in zip(shape.outs, shape.rows, strict=True)
+        ),
+        Int32(0),
+        current(),
+    )
+    return kind(Linears, config)(shape, config), arguments
+
+
+def configs(shape: Shape) -> Iterator[Config]:
+    return configs_of(shape.work)
+
+
+KERNEL = Kernel("linears", __file__, program, configs)
+
+
+def launch(shape: Shape, x, weights, scales, ys, early: int = 0) -> None:
+    """See `program`."""
+    KERNEL.launcher(shape)(x, weights, scales, ys, early)

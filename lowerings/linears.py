@@ -1,0 +1,104 @@
+"""Several linear layers of the same vectors, in one launch: few vectors are bound by reading the weights, which one kernel
+does as if the matrices were one.
+
+An op for each number of them: an op's tensors are known by name.
+"""
+
+from inspect import Parameter, Signature
+from typing import Any
+
+import torch
+
+from dsv4_compile.lowerings import gemv
+from dsv4_compile.lowerings.linear import linear, linear_wide, sizes_of
+from dsv4_compile.lowerings.norm import DTYPES
+from dsv4_compile.op import Cost, Op, Tensor, op
+
+MOST = 7  # of one launch: all that read what comes into attention with an indexer
+
+
+def of(count: int) -> Op:
+    """dsv4::linears_<count>."""
+    weights, scales = ([f"{letter}{i}" for i in range(count)] for letter in "ws")
+    types: dict[str, Any] = {"x": Tensor} | dict.fromkeys(weights, Tensor) | {"wide": int}
+    types |= dict.fromkeys(scales, Tensor | None)
+    parameters = [
+        Parameter(n, Parameter.POSITIONAL_OR_KEYWORD, default=None if n in scales else Parameter.empty) for n in types
+    ]
+    signature = Signature(parameters)
+
+    def meaning(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        a = bound.arguments
+        pairs = zip((a[w] for w in weights), (a[s] for s in scales), strict=True)
+        each = (linear_wide(a["x"], w) if is_wide(a, i) else linear(a["x"], w, s) for i, (w, s) in enumerate(pairs))
+        return tuple(each)
+
+    meaning.__doc__ = f"""y_i = x W_i^T for i < {count}: `linear` of each, or `linear_wide` where bit i of `wide` is set.
+
+    x [M, K]; w_i [N_i, K], plain, or with s_i as `linear` takes them, fp8 or mxfp4 -> y_i [M, N_i] of x's dtype, wide ones of
+    at least fp32.  Source: DeepSeek-V4, attention, compressor and indexer; router and shared expert.
+    """
+    setattr(meaning, "__signature__", signature)  # noqa: B010
+    meaning.__annotations__ = types | {"return": tuple[(Tensor,) * count]}  # type: ignore[misc]
+    made = op(f"dsv4::linears_{count}", tuple(f"y{i}" for i in range(count)))(meaning)
+
+    @made.cost
+    def _(M, K, rows, stored, written):
+        """rows: of all weights; stored: bytes of them; written: of the outputs."""
+        return Cost(flops=2 * M * rows * K, read=stored + 2 * M * K, write=written)
+
+    @made.sizes
+    def _(a):
+        each = [sizes_of(getattr(a, w), getattr(a, s)) for w, s in zip(weights, scales, strict=True)]
+        (M, K), item = a.x.shape, a.x.dtype.itemsize
+        bytes_ = sum(e["N"] * K * (e["bits"] / 8 + 1 / e["block"]) for e in each)
+        written = sum(M * e["N"] * (max(4, item) if is_wide(vars(a), i) else item) for i, e in enumerate(each))
+        return dict(M=M, K=K, rows=sum(e["N"] for e in each), stored=bytes_, written=written)
+
+    def streamed(a: Any) -> bool | str:
+        if (verdict := gemv.few(a.x, a.x.shape[0])) is not True:
+            return verdict
+        pairs = [(getattr(a, w), getattr(a, s)) for w, s in zip(weights, scales, strict=True)]
+        for w, s in pairs:
+            if (verdict := gemv.streams(w, s, None)) is not True:
+                return verdict
+        if len({(gemv.format_of(w, s, None), s is None or s.dtype) for w, s in pairs}) > 1:
+            return "weights in different formats"
+        if any(w.numel() == 0 for w, _ in pairs) or a.x.numel() == 0:
+            return "a matrix without numbers"
+        return gemv.fits(shape_of(a.x, pairs, a.wide)) or "vectors beyond shared memory"
+
+    @made.on("cuda", arch="sm_90+", when=streamed)
+    def _(x, *given):
+        from dsv4_compile.kernels.linears import launch
+
+        ws, wide, ss = given[:count], given[count], given[count + 1 :]
+        shape = shape_of(x, list(zip(ws, ss, strict=True)), wide)
+        dtypes = [torch.float32 if out == "fp32" else x.dtype for out in shape.outs]
+        ys = tuple(x.new_empty(len(x), len(w), dtype=dtype) for w, dtype in zip(ws, dtypes, strict=True))
+        early = int(gemv.settled(ys, *ws, *ss))
+        scales = None if ss[0] is None else tuple(map(gemv.flat, ss))
+        launch(shape, x.contiguous(), tuple(map(gemv.words, ws)), scales, ys, early)
+        return ys
+
+    return made
+
+
+def is_wide(a: Any, i: int) -> bool:
+    return bool(a["wide"] >> i & 1)
+
+
+def shape_of(x: Tensor, pairs: Any, wide: int) -> Any:
+    from dsv4_compile.kernels.linears import Shape
+
+    (weight, scale), dtype = pairs[0], DTYPES[x.dtype]
+    format = gemv.format_of(weight, scale, None)
+    assert format is not None, "`streamed` was not asked"
+    outs = tuple("fp32" if wide >> i & 1 else dtype for i in range(len(pairs)))
+    rows, e8m0 = tuple(len(w) for w, _ in pairs), scale is None or scale.dtype != torch.float32
+    return Shape(len(x), rows, x.shape[1], format, e8m0, dtype, outs)
+
+
+LINEARS = {count: of(count) for count in range(2, MOST + 1)}
