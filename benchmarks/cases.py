@@ -14,6 +14,7 @@ from torch import Tensor
 from dsv4_compile.lowerings.append import append, norm_rope_append
 from dsv4_compile.lowerings.attention import attention, dense_attention
 from dsv4_compile.lowerings.compressor import compressor
+from dsv4_compile.lowerings.compressor_append import compressor_append
 from dsv4_compile.lowerings.dequantize import dequantize
 from dsv4_compile.lowerings.grouped_mm import grouped_mm
 from dsv4_compile.lowerings.head import head, mtp_join
@@ -28,6 +29,7 @@ from dsv4_compile.lowerings.output_projection import output_projection
 from dsv4_compile.lowerings.pointwise import silu, softmax, softplus, swiglu
 from dsv4_compile.lowerings.rope import norm_rope, rope
 from dsv4_compile.lowerings.router import expert_gates, router
+from dsv4_compile.lowerings.shared_expert import shared_expert
 from dsv4_compile.lowerings.sinkhorn import sinkhorn
 from dsv4_compile.op import Op
 from dsv4_compile.reference_model import DSV4Config
@@ -192,7 +194,7 @@ class Cases:
 
     def selection(self) -> Iterator[Case]:
         c, B, T = self.c, self.B, self.T
-        rate, d = c.compress_rates[CSA], c.head_dim
+        rate = c.compress_rates[CSA]
         h, dh, E = c.index_n_heads, c.index_head_dim, self.entries(rate)
 
         def scores() -> Inputs:
@@ -202,24 +204,28 @@ class Cases:
         yield Case(f"indexer, {E} entries", indexer, scores)
         for kind, overlap in ((CSA, True), (HCA, False)):
             m = c.compress_rates[kind]
-            R = m * (1 + overlap)
+            yield Case(f"compressor, {m} to 1", compressor, lambda m=m, o=overlap: self.windows(m, o))
+            written = lambda m=m, o=overlap: self.closed(m, o)  # noqa: E731
+            yield Case(f"compressor and its memory, {m} to 1", compressor_append, written)
 
-            def windows(m: int = m, R: int = R, overlap: bool = overlap) -> Inputs:
-                S, n = (R, 1) if T == 1 else (T, max(1, T // m))
-                first = (torch.arange(n, device=self.device) + 1).unsqueeze(-1) * m - R if T > 1 else 0
-                index = (first + torch.arange(R, device=self.device)).view(1, n, R).clamp(-1, S - 1)
-                rows = lambda: self.draw(B, S, d * (1 + overlap))  # noqa: E731
-                return (
-                    rows(),
-                    rows(),
-                    index.expand(B, -1, -1).contiguous(),
-                    self.draw(d),
-                    *self.tables(B, n),
-                    EPS,
-                    overlap,
-                )
+    def windows(self, m: int, overlap: bool) -> Inputs:
+        """What `compressor` takes: at decode one window, just closed."""
+        B, T, R = self.B, self.T, m * (1 + overlap)
+        S, n = (R, 1) if T == 1 else (T, max(1, T // m))
+        first = (torch.arange(n, device=self.device) + 1).unsqueeze(-1) * m - R if T > 1 else 0
+        index = (first + torch.arange(R, device=self.device)).view(1, n, R).clamp(-1, S - 1)
+        rows = lambda: self.draw(B, S, self.c.head_dim * (1 + overlap))  # noqa: E731
+        of_windows = index.expand(B, -1, -1).contiguous(), self.draw(self.c.head_dim), *self.tables(B, n)
+        return rows(), rows(), *of_windows, EPS, overlap
 
-            yield Case(f"compressor, {m} to 1", compressor, windows)
+    def closed(self, m: int, overlap: bool) -> Inputs:
+        """The same with the rows still to be written."""
+        values, gates, index, *of_windows, eps, overlap = self.windows(m, overlap)
+        B, T, n, C = self.B, self.T, index.shape[1], values.shape[-1]
+        each = lambda count: torch.arange(count, device=self.device).expand(B, -1).contiguous()  # noqa: E731
+        rows = self.draw(B, T, C), self.draw(B, T, C), self.draw(m, C), each(T) % m
+        entries = self.x(B, self.entries(m) + 1, self.c.head_dim)
+        return values, gates, entries, each(T), *rows, index, *of_windows, each(n), eps, overlap
 
     def memory(self) -> Iterator[Case]:
         c, B, T = self.c, self.B, self.T
@@ -303,6 +309,15 @@ class Cases:
         for format in ("none", "mxfp4"):
             name = "bf16" if format == "none" else format
             yield Case(f"experts, {name}", moe, lambda f=format: stored(f), few)
+
+        def shared(format: str) -> Inputs:
+            weight, *scale = self.matrix(D, I, format=format)
+            routed = self.draw(N, D)
+            return self.x(N, I), self.x(N, I), weight, routed, c.swiglu_limit, *scale
+
+        for format in ("none", "fp8"):
+            name = "bf16" if format == "none" else format
+            yield Case(f"shared expert's end, {name}", shared_expert, lambda f=format: shared(f))
 
         def grouped() -> Inputs:
             count = (chosen().flatten().unsqueeze(-1) == torch.arange(X, device=self.device)).sum(0)

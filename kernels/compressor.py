@@ -54,9 +54,18 @@ class Compressor:
         v, _, _ = cute.arch.thread_idx()
         window, _, _ = cute.arch.block_idx()
         batch, w = window // out.shape[1], window % out.shape[1]
+        closed = index[batch, w, self.rows - 1] >= 0
+        entry = self.entry(c, z, index, weight, cos, sin, eps, batch, w, v, closed)
+        if v < self.d // VECTOR:
+            cute.autovec_copy(entry, cute.zipped_divide(out[batch, w, None], (VECTOR,))[None, v])
+
+    @cute.jit
+    def entry(self, c, z, index, weight, cos, sin, eps, batch, w, v, closed):
+        """This thread's channels of a window's entry; zeros of a window that is not closed. Of a closed one rows are absent
+        from the old end only, of an open one all."""
         entry = cute.make_rmem_tensor((VECTOR,), Float32)
         entry.fill(0.0)
-        if index[batch, w, self.rows - 1] >= 0:  # else open: rows are absent from the old end only, or all of them
+        if closed:
             if v < self.d // VECTOR:
                 self.collect(c, z, index, batch, w, v, entry)
             squares = (entry.load() * entry.load()).reduce(cute.ReductionOp.ADD, init_val=0.0, reduction_profile=0)
@@ -73,8 +82,7 @@ class Compressor:
                         a, b = entry[p], entry[p + 1]
                         entry[p] = a * cosine - b * sine
                         entry[p + 1] = a * sine + b * cosine
-        if v < self.d // VECTOR:
-            cute.autovec_copy(entry, cute.zipped_divide(out[batch, w, None], (VECTOR,))[None, v])
+        return entry
 
     @cute.jit
     def collect(self, c, z, index, batch, w, v, entry):

@@ -91,7 +91,7 @@ class RMSNorm:
         if const_expr(slot is None):
             target = cute.zipped_divide(out[place, None], (self.vector,))
         else:
-            target = cute.zipped_divide(out[place // T, Int32(slot[place]), None], (self.vector,))
+            target = cute.zipped_divide(out[place // T, Int32(slot[place]) % out.shape[1], None], (self.vector,))
         written = cute.make_rmem_tensor((self.vector, self.loads), self.target)
         written.store(kept.load().to(self.target))
         for i in cutlass.range_constexpr(self.loads):
@@ -119,7 +119,8 @@ class RMSNorm:
 
 def program(shape: Shape, config: Config):
     """x [N, D], weight [D] or None, cos and sin [P, rope / 2] fp32 or None -> out [N, D]; eps; inner: row r of x is turned by
-    row (r / inner) mod P of the tables. With a cache out is that [B, S, D], and row b T + t goes to slot [N] int64 of b."""
+    row (r / inner) mod P of the tables. With a cache out is that [B, S, D], and row b T + t goes to slot mod S, slot [N]
+    int64, of b."""
     N, dtype = cute.sym_int(), DTYPES[shape.dtype]
     table = fake(Float32, cute.sym_int(), shape.rope // 2, align=4) if shape.rope else None
     align, cached = shape.vector * dtype.width // 8, shape.cache != "none"

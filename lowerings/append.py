@@ -46,10 +46,10 @@ def norm_rope_append(
 ) -> Tensor:
     """All that happens to the keys of a decode step behind their matrix: `norm_rope`, then `append`.
 
-    ring [B, S, d], slot [B, T] int64, x [B, T, d], weight [d] or None, cos and sin [B, T, dr/2], B of them possibly 1 -> the
-    ring [B, S, d]. Source: DeepSeek-V4, attention.
+    ring [B, S, d], slot [B, T] int64, not negative, taken modulo S, so that it may be the tokens' positions, x [B, T, d],
+    weight [d] or None, cos and sin [B, T, dr/2], B of them possibly 1 -> the ring [B, S, d]. Source: DeepSeek-V4, attention.
     """
-    return append(ring, slot, norm_rope(x, weight, eps, cos, sin))
+    return append(ring, slot % ring.shape[1], norm_rope(x, weight, eps, cos, sin))
 
 
 @norm_rope_append.cost
@@ -67,7 +67,7 @@ def _(a):
 @norm_rope_append.on("cpu", in_place="ring", worth=as_fast)
 def _(ring, slot, x, weight, eps, cos, sin):
     batch = torch.arange(len(ring)).unsqueeze(1)
-    ring[batch, slot] = norm_rope(x, weight, eps, cos, sin).to(ring.dtype)
+    ring[batch, slot % ring.shape[1]] = norm_rope(x, weight, eps, cos, sin).to(ring.dtype)
 
 
 def fits_with_cache(a) -> bool | str:

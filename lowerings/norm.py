@@ -78,8 +78,8 @@ def norm_into(
     cos: Tensor | None,
     sin: Tensor | None,
 ) -> None:
-    """The rows of x [..., D], normed and turned, into out [N, D]; with slot [B, T], those of x [B, T, D] into the slots of
-    out [B, S, D]."""
+    """The rows of x [..., D], normed and turned, into out [N, D]; with slot [B, T], those of x [B, T, D] into the slots,
+    modulo S, of out [B, S, D]."""
     from dsv4_compile.kernels.norm import Shape, launch
 
     D = x.shape[-1]

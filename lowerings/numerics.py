@@ -357,6 +357,19 @@ CONTRACTS: dict[str, Contract] = {
         order="maximum first, then sums over a window's rows",
         draws={"index": Windows("c"), "weight": Uniform(0.5, 1.5), "cos": Uniform(-1, 1), "sin": Uniform(-1, 1)},
     ),
+    "compressor_append": Contract(
+        ("values", "gates", "entries"),
+        order="maximum first, then sums over a window's rows",
+        draws={
+            "slot": Slots("values"),
+            "place": Rows("ape", 0),
+            "index": Windows("values"),
+            "target": Slots("entries"),
+            "weight": Uniform(0.5, 1.5),
+            "cos": Uniform(-1, 1),
+            "sin": Uniform(-1, 1),
+        },
+    ),
     "dense_attention": Contract(
         ("q",),
         order="one softmax over all rows, maximum first",

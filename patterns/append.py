@@ -4,7 +4,7 @@ import torch
 
 from dsv4_compile.lowerings.append import append, norm_rope_append
 from dsv4_compile.lowerings.rope import norm_rope
-from dsv4_compile.match import Scalar, T, rule
+from dsv4_compile.match import Match, Scalar, T, head, known, rule, shape, term
 
 CACHE = dict(ring=T(5, 11, 19), slot=T(5, 7, dtype=torch.int64))
 
@@ -15,10 +15,27 @@ def written(ring, slot, rows):
     return ring.index_put((batch, slot), rows)
 
 
+def by_position(match: Match, index: str, rows: str, axis: int) -> None:
+    """Give an op that takes its argument `index` modulo the size of an axis of `rows` what the graph took so."""
+    given = match.arguments[index]
+    if head(given) != "aten.remainder":
+        return
+    (position, *others), literals = term(given).operands, term(given).literals
+    if not others and known(literals["other"] == shape(match.arguments[rows])[axis]):
+        match.arguments[index] = position
+        match.inner = (*match.inner, given)
+
+
+def round_the_ring(match: Match) -> bool:
+    by_position(match, "slot", "ring", 1)
+    return True
+
+
 @rule(
     norm_rope_append,
     name="fuse.keys",
     anchor=append,
+    check=round_the_ring,
     example=[CACHE | dict(x=T(5, 7, 19), weight=T(19), cos=T(b, 7, 3), sin=T(b, 7, 3)) for b in (5, 1)],
 )
 def keys(ring, slot, x, weight, cos, sin, eps: Scalar):

@@ -424,6 +424,26 @@ def halves_rotated_instead_of_pairs(right, a):
     return torch.cat([nope, x * a["cos"] - y * a["sin"], x * a["sin"] + y * a["cos"]], -1)
 
 
+# Its memory
+
+
+changed("compressor_append", "slot off by one", slot=lambda a: (a["slot"] + 1) % a["values"].shape[1])
+changed("compressor_append", "no bias by place", ape=lambda a: torch.zeros_like(a["ape"]))
+changed("compressor_append", "place off by one", place=lambda a: (a["place"] + 1) % a["ape"].shape[0])
+changed("compressor_append", "entry in the wrong row", target=lambda a: (a["target"] + 1) % a["entries"].shape[1])
+changed("compressor_append", "eps ten times too large", eps=lambda a: a["eps"] * 10)
+
+
+@fault("compressor_append")
+def rows_before_the_write(right, a):
+    """The window is read as it was before this token."""
+    values, gates, _ = right(**a)
+    e = BY_NAME["compressor"].meaning(
+        *(a[k] for k in ("values", "gates", "index", "weight", "cos", "sin", "eps", "overlap"))
+    )
+    return values, gates, BY_NAME["append"].meaning(a["entries"], a["target"], e)
+
+
 # Indexer
 
 

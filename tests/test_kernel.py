@@ -12,7 +12,16 @@ if find_spec("cutlass") is None:
 from dsv4_compile import kernel as base
 from dsv4_compile.cache.store import Store
 from dsv4_compile.errors import DSV4Warning, JitAfterWarmUp
-from dsv4_compile.kernels import attention, attention_exact, compressor, mhc, mhc_boundary, norm, router
+from dsv4_compile.kernels import (
+    attention,
+    attention_exact,
+    compressor,
+    compressor_append,
+    mhc,
+    mhc_boundary,
+    norm,
+    router,
+)
 
 SHAPE = router.Shape(24, 4)
 
@@ -98,6 +107,8 @@ NANO_AND_FLASH = [
     (mhc_boundary.BOUNDARY, mhc_boundary.Shape(4, 4096, "bf16", 20, True, "bf16")),
     (compressor.KERNEL, compressor.Shape(512, 8, 64, True, "fp32")),
     (compressor.KERNEL, compressor.Shape(512, 128, 64, False, "fp32")),
+    (compressor_append.KERNEL, compressor_append.Shape(512, 8, 64, True, "fp32")),
+    (compressor_append.KERNEL, compressor_append.Shape(512, 128, 64, False, "fp32")),
     (attention.KERNEL, attention.Shape(64, 6, True, False, 16)),
     (attention_exact.KERNEL, attention_exact.Shape(48, 6, True, False, 16, "fp32")),
     (norm.KERNEL, norm.Shape(512, "bf16", "none")),

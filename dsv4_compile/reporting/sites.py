@@ -91,6 +91,9 @@ ONLY_IF = {
 # One module of the reference model's MTP that its block goes through before the layer begins: class, and name.
 JOIN = "dsv4_compile.reference_model.layers.RMSNorm", ".enorm"
 
+# A compressor that reads what it has just written is one op, its writes included.
+COMPRESSOR, READS = f"{_HOME}.Compressor", "reads the rows that it wrote"
+
 # Modules that write into caches by index, a place each time.
 WRITES = {f"{_HOME}.Attention", f"{_HOME}.Compressor"}
 
@@ -100,21 +103,41 @@ def in_graph(gm: torch.fx.GraphModule) -> dict[str, int]:
     Each instance counts once, however often the graph goes through it."""
     found: Counter[str] = Counter()
     calls: dict[tuple[str, str], set[str]] = {}  # (class, path) -> what it calls
+    written: set[torch.fx.Node] = set()  # caches, once rows as they came are in them
     for node in gm.graph.nodes:
         if node.target is torch.ops.higher_order.invoke_subgraph:
             found.update(in_graph(getattr(gm, node.args[0].target)))
             continue
         if node.op == "placeholder":  # a parameter: on its way to a body
             continue
+        called = READS if reads_rows(node, written) else getattr(node.target, "__name__", str(node.target))
         inside: set[str] = set()
         for path, kind in (node.meta.get("nn_module_stack") or {}).values():
             name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
             inside.add(name)
             if name in HOLDS or (name == JOIN[0] and path.endswith(JOIN[1])):
-                calls.setdefault((name, path), set()).add(getattr(node.target, "__name__", str(node.target)))
-        found["append"] += node.target is operator.setitem and not inside.isdisjoint(WRITES)
-    for (name, _), called in calls.items():
+                calls.setdefault((name, path), set()).add(called)
+        if node.target is operator.setitem:
+            found["append"] += not inside.isdisjoint(WRITES)
+            if not chosen(node.args[2]):
+                written.add(node.args[0])
+    for (name, _), all_called in calls.items():
         found["mtp"] += name == JOIN[0]
-        if name not in ONLY_IF or ONLY_IF[name] in called:
+        found["entries"] += name == COMPRESSOR and READS in all_called
+        if name not in ONLY_IF or ONLY_IF[name] in all_called:
             found.update(HOLDS.get(name, {}))
     return dict(+found)
+
+
+def reads_rows(node: torch.fx.Node, caches: set[torch.fx.Node]) -> bool:
+    """Whether rows are taken out of one of these caches by lists of them."""
+    if node.target is not operator.getitem or node.args[0] not in caches:
+        return False
+    return isinstance(node.args[1], tuple) and all(isinstance(i, torch.fx.Node) for i in node.args[1])
+
+
+def chosen(rows: Any) -> bool:
+    """Whether some of the rows are those that the cache had: of padding."""
+    while isinstance(rows, torch.fx.Node) and rows.target == "to":
+        rows = rows.args[0]
+    return isinstance(rows, torch.fx.Node) and rows.target is torch.where

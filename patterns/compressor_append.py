@@ -1,0 +1,48 @@
+"""A compressor that writes its rows before it reads them, and its entries behind: that of a decode step."""
+
+import torch
+
+from dsv4_compile.lowerings.append import append
+from dsv4_compile.lowerings.compressor import compressor
+from dsv4_compile.lowerings.compressor_append import compressor_append
+from dsv4_compile.match import Match, Scalar, T, rule
+from dsv4_compile.patterns.append import by_position
+from dsv4_compile.patterns.compressor import ROWS, overlapping, separate
+
+# 5 tokens in 4 sequences, 11 windows of 10 rows, 19 channels; rings of 17 rows, 13 entries, 7 places in a window.
+LISTS = {"slot": T(4, 5, dtype=torch.int64), "place": T(4, 5, dtype=torch.int64), "target": T(4, 11, dtype=torch.int64)}
+
+
+def memory(C):
+    rows = {name: T(4, 17, C) for name in ("values", "gates")} | {name: T(4, 5, C) for name in ("c", "z")}
+    return ROWS | LISTS | rows | {"ape": T(7, C), "entries": T(4, 13, 19)}
+
+
+def positions(match: Match) -> None:
+    by_position(match, "slot", "values", 1)
+    by_position(match, "place", "ape", 0)
+
+
+def with_overlap(match: Match) -> bool:
+    positions(match)
+    return overlapping(match)
+
+
+def without_overlap(match: Match) -> bool:
+    positions(match)
+    return separate(match)
+
+
+def step(values, gates, entries, slot, c, z, ape, place, index, weight, cos, sin, target, eps, overlap):
+    values, gates = append(values, slot, c), append(gates, slot, z + ape[place])
+    return values, gates, append(entries, target, compressor(values, gates, index, weight, cos, sin, eps, overlap))
+
+
+@rule(compressor_append, name="fuse.entries", anchor=compressor, example=memory(38), check=with_overlap)
+def overlap(values, gates, entries, slot, c, z, ape, place, index, weight, cos, sin, target, eps: Scalar):
+    return step(values, gates, entries, slot, c, z, ape, place, index, weight, cos, sin, target, eps, True)
+
+
+@rule(compressor_append, name="fuse.entries", anchor=compressor, example=memory(19), check=without_overlap)
+def plain(values, gates, entries, slot, c, z, ape, place, index, weight, cos, sin, target, eps: Scalar):
+    return step(values, gates, entries, slot, c, z, ape, place, index, weight, cos, sin, target, eps, False)
