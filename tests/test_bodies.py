@@ -127,17 +127,3 @@ def test_lengths_that_vary_stay_one_graph():
         with torch.no_grad():
             torch.testing.assert_close(compiled(x, memories, clock), model(*again))
     assert len(reports) == 1 and max(g.calls for g in reports[0].graphs) == 3
-
-
-def test_a_warm_start_tells_the_same(tmp_path, monkeypatch):
-    """Each piece comes out of torch's caches on its own, and its report with it."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    model, told = Stack(3), []
-    for _ in range(2):
-        torch._dynamo.reset()
-        compiled = torch.compile(model, backend=partial(backend, observe=told.append), fullgraph=True)
-        with torch.no_grad():
-            compiled(*inputs_for(model))
-    cold, warm = told
-    assert warm.stored and not cold.stored
-    assert warm.rules == cold.rules and sorted(g.calls for g in warm.graphs) == sorted(g.calls for g in cold.graphs)
