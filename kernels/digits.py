@@ -131,10 +131,7 @@ class Digits:
             held.fill(0)
             if run < count:
                 for m in cutlass.range_constexpr(self.M):
-                    row = cute.zipped_divide(x[m, None], (8,))
-                    part = cute.make_rmem_tensor((8,), self.dtype)
-                    cute.autovec_copy(row[None, (segment * self.K + self.from_column) // 8 + place], part)
-                    words = cute.recast_tensor(part, Int32)
+                    words = self.eight(x, m, (segment * self.K + self.from_column) // 8 + place)
                     for j in cutlass.range_constexpr(4):
                         held[j, m] = words[j]
             for m in cutlass.range_constexpr(self.M):

@@ -235,6 +235,11 @@ class Stream:
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()
 
+    @cute.jit
+    def eight(self, x, m, index):
+        """Eight numbers of vector m, from 8 index on, as 32-bit words. Kernels that make their vectors as they go say how."""
+        return cute.recast_tensor(loaded(x[m, None], index, self.dtype), Int32)
+
     # the ring
 
     def begin(self, thread, block):
@@ -451,6 +456,14 @@ class Stream:
                     self.put(tile, place // self.rows_of_tile, place % self.rows_of_tile, total)
         cute.arch.cluster_arrive()  # others may still be reading
         cute.arch.cluster_wait()
+
+
+@cute.jit
+def loaded(row, index, dtype: cutlass.Constexpr):
+    """Eight numbers of a row, from 8 index on."""
+    part = cute.make_rmem_tensor((8,), dtype)
+    cute.autovec_copy(cute.zipped_divide(row, (8,))[None, index], part)
+    return part
 
 
 def kind(kernel: type, config: Config) -> type:

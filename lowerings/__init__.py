@@ -23,6 +23,7 @@ from . import (
     pointwise,
     rope,
     router,
+    shared_expert,
     sinkhorn,
 )
 from .numerics import CONTRACTS, TOLERANCE, Contract, Draw, contract_of, digest
@@ -56,6 +57,7 @@ OPS: tuple[Op, ...] = (
     router.router,
     router.expert_gates,
     moe.moe,
+    shared_expert.shared_expert,
     compressor.compressor,
     compressor_append.compressor_append,
     attention.attention,

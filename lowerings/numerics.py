@@ -253,6 +253,16 @@ CONTRACTS: dict[str, Contract] = {
         accumulate="products in x's dtype at least",
         draws={"weight": Matrix(8.0), "scale": Scale(), "scale_2": Scale(-1, 1)},
     ),
+    "shared_expert": Contract(
+        ("gate",),
+        accumulate="products in gate's dtype at least, rounded to it; then the sum in fp32",
+        draws={
+            **dict.fromkeys(("gate", "up"), Normal(2.0)),
+            "weight": Matrix(8.0),
+            "scale": Scale(),
+            "scale_2": Scale(-1, 1),
+        },
+    ),
     "grouped_linear": Contract(
         ("x",),
         accumulate="products in x's dtype at least",

@@ -51,16 +51,19 @@ def _(logits, bias, k, scale, eps):
     return expert, _normalised(score.gather(-1, expert), scale, eps)
 
 
-def fits_a_warp(a) -> bool | str:
+CHOICES = 32  # the most that kernels take
+
+
+def fits_a_block(a) -> bool | str:
     if a.logits.dtype != torch.float32 or a.bias.dtype != torch.float32:
         return "logits and bias must be float32"
     X = a.logits.shape[1]
     if not known(X <= 1024):
-        return f"{X} experts: a warp holds at most 1024"
-    return known(a.k <= min(32, X)) or f"k = {a.k}: a warp keeps at most 32 choices, of {X} experts"
+        return f"{X} experts: a block has a thread for each of at most 1024"
+    return known(a.k <= min(CHOICES, X)) or f"k = {a.k}: a warp keeps at most {CHOICES} choices, of {X} experts"
 
 
-@router.on("cuda", arch="sm_90+", when=fits_a_warp)
+@router.on("cuda", arch="sm_90+", when=fits_a_block)
 def _(logits, bias, k, scale, eps):
     from dsv4_compile.kernels.router import launch
 
@@ -89,6 +92,22 @@ def _(N, X, k):
 def _(a):
     N, X = a.logits.shape
     return dict(N=N, X=X, k=a.expert.shape[-1])
+
+
+def fits_a_warp(a) -> bool | str:
+    if a.logits.dtype != torch.float32:
+        return "logits must be float32"
+    return known(a.expert.shape[-1] <= CHOICES) or f"more than {CHOICES} choices, which a warp keeps"
+
+
+@expert_gates.on("cuda", arch="sm_90+", when=fits_a_warp)
+def _(logits, expert, scale, eps):
+    from dsv4_compile.kernels.router import launch
+
+    gate = torch.empty(expert.shape, dtype=torch.float32, device=logits.device)
+    if gate.numel():
+        launch(logits.contiguous(), None, expert.long().contiguous(), gate, scale, eps)
+    return gate
 
 
 @expert_gates.on("cpu", worth=at_least(512, rows=lambda a: a.logits.shape[0]))

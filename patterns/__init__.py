@@ -26,6 +26,7 @@ from . import (
     prologue,
     rope,
     router,
+    shared_expert,
     sinkhorn,
 )
 
@@ -100,5 +101,6 @@ RULES: tuple[Rule, ...] = (
     head.plain,
     head.few,
     head.stored,
+    shared_expert.added,
     *linears.ALL,
 )

@@ -38,7 +38,7 @@ def store(tmp_path, monkeypatch):
 def test_a_key_names_what_the_binary_depends_on_and_nothing_else():
     fields = router.KERNEL.key(SHAPE, router.Config(4)).fields
     assert fields.keys() == {"op", "source", "shape", "config", "arch", "flags", "cutedsl", "tvm_ffi"}
-    assert fields["shape"] == {"experts": 24, "k": 4} and fields["config"] == {"warps": 4}
+    assert fields["shape"] == {"experts": 24, "k": 4, "chosen": False} and fields["config"] == {"unroll": 4}
     text = json.dumps(fields)
     assert "torch" not in text and "/" not in text and "0x" not in text
 

@@ -272,6 +272,25 @@ def test_the_kernel_is_the_meaning(N, X, k, kernel_parity):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("X", "k"), [(256, 6), (24, 4), (7, 7), (2000, 32)])
+@pytest.mark.parametrize("N", [0, 1, 3, 64])
+def test_the_kernel_of_chosen_experts_is_the_meaning(N, X, k, kernel_parity):
+    def given(seed):
+        logits, _ = few_values(N, X, seed=seed)
+        return logits, torch.randint(X, (N, k), generator=torch.Generator().manual_seed(seed)), 1.5, 1e-20
+
+    kernel_parity(expert_gates, *given(0), others=given(1), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_an_expert_that_there_is_not_has_no_gate():
+    logits = torch.randn(2, 24, device="cuda")
+    gates = expert_gates(logits, torch.tensor([[3, 24], [-1, 0]], device="cuda"), 1.5, 1e-20)
+    assert gates.isnan().all()
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_kernel_writes_its_outputs_alone():
     from dsv4_compile.kernels.router import launch

@@ -49,7 +49,11 @@ def test_layers_of_a_kind_are_looked_at_once():
 
 def test_what_was_built_is_in_the_cache_and_is_not_built_again(tmp_path, monkeypatch):
     monkeypatch.setenv("DSV4_CACHE_DIR", str(tmp_path))
-    wanted = [warm.Wanted("dsv4_compile.kernels.router", "router", router.Shape(8, 2), next(router.configs(None)))]
+    wanted = [
+        warm.Wanted(
+            "dsv4_compile.kernels.router", "router", router.Shape(8, 2), next(router.configs(router.Shape(8, 2)))
+        )
+    ]
     told = []
     for _ in range(2):
         warm.build_all(wanted, "sm_90a", 1, lambda *done: told.append(done))

@@ -1,0 +1,148 @@
+"""The end of a shared expert: SwiGLU, its last matrix, and the sum with what the routed experts gave, in one launch. See
+`stream` and `gemv`: the vectors are made of gate and up as they are staged."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, const_expr
+
+from dsv4_compile.kernel import Kernel, fake
+from dsv4_compile.kernel import stream as current
+from dsv4_compile.kernels import stored
+from dsv4_compile.kernels.gemv import AHEAD, scale_argument
+from dsv4_compile.kernels.stream import DTYPES, ROWS, Config, Stream, Work, configs_of, kind, loaded
+
+
+@dataclass(frozen=True)
+class Shape:
+    """y[m] = routed[m] + W swiglu(gate[m], up[m]): W of R rows and K columns; M, format, e8m0 and dtype as in `gemv.Shape`."""
+
+    M: int
+    R: int
+    K: int
+    format: str
+    e8m0: bool
+    dtype: str
+
+    @property
+    def work(self) -> Work:
+        return Work(self.format, self.e8m0, self.dtype, self.M, self.K, 1, self.R, 1)
+
+
+class SharedExpert(Stream):
+    def __init__(self, shape: Shape, config: Config):
+        super().__init__(shape.work, config)
+        self.R = shape.R
+        self.scale_row, self.scale_matrix = self.format.scale_bytes(shape.R, shape.K)
+
+    @cute.jit
+    def __call__(
+        self,
+        gate: cute.Tensor,
+        up: cute.Tensor,
+        limit: Float32,
+        weight: cute.Tensor,
+        scale,
+        scale_2,
+        routed: cute.Tensor,
+        y: cute.Tensor,
+        early: Int32,
+        stream,
+    ):
+        self.kernel(gate, up, limit, weight, scale, scale_2, routed, y, early).launch(
+            grid=[self.grid * self.split, 1, 1],
+            block=[self.threads, 1, 1],
+            cluster=[self.split, 1, 1],
+            stream=stream,
+            use_pdl=self.overlaps,
+        )
+
+    @cute.jit
+    def eight(self, x, m, index):
+        """See `Stream.eight`."""
+        gate, up = x
+        g, u = loaded(gate[m, None], index, self.dtype), loaded(up[m, None], index, self.dtype)
+        h = cute.make_rmem_tensor((8,), self.dtype)
+        for i in cutlass.range_constexpr(8):
+            a, b = Float32(g[i]), Float32(u[i])
+            a = self.limit if a > self.limit else a  # NaN stays
+            b = self.limit if b > self.limit else b
+            b = -self.limit if b < -self.limit else b
+            h[i] = (a / (Float32(1.0) + cute.math.exp(-a)) * b).to(self.dtype)
+        return cute.recast_tensor(h, Int32)
+
+    def place(self, tile, segment, r: int):
+        """See `gemv.Linear.place`."""
+        row = tile * self.rows_of_tile + self.member * ROWS + r * 8 + self.g
+        return self.weight_at, cutlass.min(row, self.R - 1), self.scale_at, self.scale_at + self.scale_matrix
+
+    @cute.jit
+    def put(self, tile, m, row, value):
+        y, routed, at = self.y, self.routed, tile * self.rows_of_tile + row
+        if at < self.R:
+            mine = (value * self.by).to(self.dtype)  # as a matrix product gives it
+            y[m, at] = (routed[m, at] + Float32(mine)).to(self.dtype)
+
+    @cute.jit
+    def fetch_ahead(self, thread):
+        """See `gemv.Linear.fetch_ahead`."""
+        row, size = self.first * self.rows_of_tile + thread, self.format.row_bytes(self.part)
+        if thread < self.rows_of_tile and row < self.R:
+            begin = self.weight_at + Int64(row) * self.row_bytes + self.rank * size
+            stored.fetch_to_l2(begin, Int32(min(size, AHEAD)))
+
+    @cute.kernel
+    def kernel(self, gate, up, limit, weight, scale, scale_2, routed, y, early):
+        thread, _, _ = cute.arch.thread_idx()
+        block, _, _ = cute.arch.block_idx()
+        self.allocate()
+        self.limit, self.y, self.routed, self.weight_at = limit, y, routed, weight.iterator.toint()
+        self.scale_at = self.weight_at
+        if const_expr(scale is not None):
+            self.scale_at = scale.iterator.toint()
+        self.begin(thread, block)
+        if const_expr(self.overlaps):
+            if early == 0:
+                self.fetch_ahead(thread)
+                cute.arch.griddepcontrol_wait()
+        self.fill()
+        self.follow()
+        self.stage_vectors((gate, up), None, thread)
+        self.by = Float32(self.back)
+        if const_expr(scale_2 is not None):
+            self.by = self.by * scale_2[0]
+        cute.arch.barrier()
+        self.run(thread)
+
+
+def program(shape: Shape, config: Config):
+    """gate and up [M, K], limit, weight [R, row] of 32-bit words, scale (bytes, or fp32) or None, scale_2 [1] fp32 or None,
+    routed [M, R] fp32 -> y [M, R]. early: as in `gemv`."""
+    words, dtype = stored.Format(shape.format).row_bytes(shape.K) // 4, DTYPES[shape.dtype]
+    arguments = (
+        fake(dtype, shape.M, shape.K),
+        fake(dtype, shape.M, shape.K),
+        Float32(0.0),
+        fake(Int32, shape.R, words),
+        scale_argument(shape.format, shape.e8m0),
+        fake(Float32, 1, align=4) if shape.format == "nvfp4" else None,
+        fake(Float32, shape.M, shape.R, align=4),
+        fake(dtype, shape.M, shape.R, align=dtype.width // 8),
+        Int32(0),
+        current(),
+    )
+    return kind(SharedExpert, config)(shape, config), arguments
+
+
+def configs(shape: Shape) -> Iterator[Config]:
+    return configs_of(shape.work)
+
+
+KERNEL = Kernel("shared_expert", __file__, program, configs)
+
+
+def launch(shape: Shape, gate, up, limit: float, weight, scale, scale_2, routed, y, early: int = 0) -> None:
+    """See `program`."""
+    KERNEL.launcher(shape)(gate, up, limit, weight, scale, scale_2, routed, y, early)
