@@ -119,10 +119,10 @@ def owner(x: Tensor) -> Tensor:
 
 @cache
 def fits(shape: Any) -> bool:
-    """Whether a kernel of `stream` has a configuration."""
-    from dsv4_compile.kernels.stream import configs_of
+    """Whether a kernel that streams matrices has a configuration for this; shape: of `kernels.gemv` or one like it."""
+    from dsv4_compile.kernels.gemv import configs
 
-    return any(True for _ in configs_of(shape.work))
+    return any(True for _ in configs(shape))
 
 
 @cache
