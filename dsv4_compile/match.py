@@ -20,14 +20,28 @@ from torch.fx import Node
 
 from .errors import BadRule
 from .graphs.constant import constant
-from .graphs.graph import head, is_cast, is_view, known, literal, shape, strip, term, users, value, where
+from .graphs.graph import (
+    head,
+    is_cast,
+    is_tensor,
+    is_view,
+    known,
+    literal,
+    same_elements,
+    shape,
+    strip,
+    term,
+    users,
+    value,
+    where,
+)
 from .graphs.trace import trace
 from .graphs.unify import Binding, Pattern, Search, captured
 from .op import Op
 
 __all__ = [
-    "Found", "Int", "Made", "Match", "NearMiss", "Rule", "Scalar", "T", "constant", "finder", "head", "is_cast", "is_view",
-    "known", "literal", "rule", "shape", "strip", "term", "users", "value",
+    "Found", "Int", "Made", "Match", "NearMiss", "Rule", "Scalar", "T", "constant", "finder", "head", "is_cast", "is_tensor",
+    "is_view", "known", "literal", "rule", "same_elements", "shape", "strip", "term", "users", "value",
 ]  # fmt: skip
 
 Scalar = NewType("Scalar", float)  # a number in the graph that the rule captures: eps, limit, scale

@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from dsv4_compile.lowerings.pointwise import softmax
 from dsv4_compile.lowerings.sinkhorn import sinkhorn
-from dsv4_compile.match import Found, finder, head, known, shape, strip, term, users
+from dsv4_compile.match import Found, Made, finder, head, known, shape, strip, term, users
 
 ROWS, COLUMNS = -1, -2
 NAMES = {ROWS: "rows", COLUMNS: "columns"}
@@ -59,6 +59,14 @@ def _and_number(addition: Node) -> tuple[Node | None, float]:
     return None, 0.0
 
 
+def _as_matrices(x: Node, sizes: Sequence[Any]) -> Node | Made | None:
+    """What the softmax of rows was taken of, as matrices: rows may have been put one below the other, or be numbers."""
+    n = sizes[-1]
+    if _same(shape(x), sizes):
+        return x
+    return Made(lambda x: x.reshape(-1, n, n), (x,)) if isinstance(n, int) and known(shape(x)[-1] == n) else None
+
+
 def back(division: Node) -> Iterator[HalfStep]:
     """The half steps that end in `division`, last one first."""
     node = division
@@ -82,8 +90,8 @@ def chain(end: Node) -> Found | str | None:
     logits, inner, eps = None, [start], 0.0
     if head(start) == "aten.add":
         p, eps = _and_number(start)
-        if p is not None and head(p) == SOFTMAX and term(p).literals.get("dim") == ROWS and _same(shape(p), shape(end)):
-            logits = term(p).operands[0]
+        if p is not None and head(p) == SOFTMAX and term(p).literals.get("dim") == ROWS:
+            logits = _as_matrices(term(p).operands[0], shape(end))
             inner.append(p)
     if len(steps) < 2 and (logits is None or steps[0].dim == ROWS):
         return None  # any division by a sum

@@ -42,6 +42,10 @@ def rotated_behind(x, angle):
     return torch.cat([x[..., :4], rotated(x[..., 4:], angle[..., :2])], -1)
 
 
+def repeated(x):
+    return x.select(2, 0).unsqueeze(2).expand(-1, -1, 3, -1)
+
+
 def ends(x):
     return torch.searchsorted(x[x.argsort(stable=True)], torch.arange(5), right=True)
 
@@ -64,6 +68,11 @@ SAME = {  # two spellings, and their inputs
     "weighted rows, by einsum": (
         lambda x, p: (x * p.unsqueeze(-1)).sum(-2),
         lambda x, p: torch.einsum("...nd,...n->...d", x, p),
+        (X, P),
+    ),
+    "one row, repeated and weighted, by a product from the right": (
+        lambda x, p: (repeated(x) * p.unsqueeze(-1)).sum(-2),
+        lambda x, p: (repeated(x).mT @ p.unsqueeze(-1)).squeeze(-1),
         (X, P),
     ),
     "weighted channel by channel": (
@@ -159,6 +168,11 @@ OTHER = {  # what stays, and by what it is told
     "the second best on": (lambda s: s.argsort(-1, descending=True)[..., 1:3], (SCORES,), "aten.sort"),
     "an index for each element": (lambda x, i: x.gather(1, i), (ROWS, LIST[0].abs() % 7), "aten.gather"),
     "dot products": (lambda x, p: (p.unsqueeze(-2) @ x.mT).squeeze(-2), (X, torch.rand(2, 5, 8)), "aten.bmm"),
+    "dot products with copies": (
+        lambda x, p: (p.unsqueeze(-2) @ x.mT.contiguous()).squeeze(-2),
+        (X, torch.rand(2, 5, 8)),
+        "aten.bmm",
+    ),
     "rounded products": (lambda x, p: p.unsqueeze(-2) @ x, (X.bfloat16(), P.bfloat16()), "aten.bmm"),
     "numbers that may be negative, counted": (
         lambda x: (x.unsqueeze(-1) == torch.arange(5)).sum(0).cumsum(0),

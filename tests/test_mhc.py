@@ -154,11 +154,12 @@ CONFIG = replace(DSV4Config.tiny(), hc_sinkhorn_iters=3)
 class Site(nn.Module):
     """A block with its connections, as in the reference model."""
 
-    def __init__(self, dtype):
+    def __init__(self, dtype, n=CONFIG.hc_mult):
         super().__init__()
+        config = replace(CONFIG, hc_mult=n)
         self.connection, self.head, self.norm = (
-            HyperConnection(CONFIG),
-            HyperHead(CONFIG),
+            HyperConnection(config),
+            HyperHead(config),
             RMSNorm(CONFIG.hidden_size, 1e-6),
         )
         self.block = nn.Linear(CONFIG.hidden_size, CONFIG.hidden_size, bias=False)
@@ -188,6 +189,42 @@ def test_the_model_raises(rewritten, dtype, B, T):
     assert not [m for m in report.misses if "mhc" in m.rule]
     tolerance = {torch.bfloat16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
     torch.testing.assert_close(result, site(X), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_any_number_of_streams_raises(rewritten, n):
+    """With one, nothing is summed and no product of matrices is left."""
+    site, X = Site(torch.bfloat16, n), torch.randn(2, 1, n, CONFIG.hidden_size).bfloat16()
+    result, report = rewritten(site, X)
+    assert report.counts["mhc"] == 3 and report.rules["fuse.mhc"] == 3
+    torch.testing.assert_close(result, site(X), rtol=2e-2, atol=2e-2)
+
+
+ONE = {  # spellings of the mixture of one stream, and whether it is one
+    "products": (lambda X, y, p, c: p.unsqueeze(-1) * y.unsqueeze(-2) + c.mT @ X, True),
+    "a sum": (lambda X, y, p, c: (c.unsqueeze(-1) * X.unsqueeze(-2)).sum(-3) + y.unsqueeze(-2) * p.unsqueeze(-1), True),
+    "without views": (lambda X, y, p, c: (p * y + c[:, 0] * X[:, 0]).unsqueeze(1), True),
+    "another number's factor": (lambda X, y, p, c: p * y.unsqueeze(-2) + c.mT @ X, False),
+    "another stream": (lambda X, y, p, c: p.unsqueeze(-1) * y.unsqueeze(-2) + c.mT @ (X + 1), False),
+    "less": (lambda X, y, p, c: c.mT @ X - p.unsqueeze(-1) * y.unsqueeze(-2), False),
+}
+
+
+def test_what_is_the_mixture_of_one_stream_and_what_is_not(rewritten):
+    """As many tokens as channels, so that a factor fits either."""
+    N = CONFIG.hidden_size
+    connections = nn.ModuleList(Site(torch.float32, 1).connection for _ in ONE)
+
+    def all_of_them(*args):
+        for X, connection, (mixture, _) in zip(args, connections, ONE.values(), strict=True):
+            x, post, comb = connection(X)
+            yield x, mixture(X, X[:, 0].sin(), post, comb)
+
+    args = torch.randn(len(ONE), N, 1, N).unbind()
+    result, report = rewritten(lambda *args: tuple(all_of_them(*args)), *args, strict=False)
+    assert report.runs["mhc_pre", "cpu"] == len(ONE)
+    assert report.runs["mhc_post", "cpu"] == sum(right for _, right in ONE.values())
+    torch.testing.assert_close(result, tuple(all_of_them(*args)))
 
 
 def test_the_mixture_gets_the_streams_as_they_are_stored(rewritten, monkeypatch):
@@ -239,18 +276,20 @@ def pre(X, fn, base, scale, **changed):
     return (X * p.unsqueeze(-1)).sum(c["over"]).to(X.dtype), q, comb
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_norm_before_the_product_raises(rewritten, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "T", "n"), [(torch.bfloat16, 3, 4), (torch.float32, 3, 4), (torch.float32, 1, 1)], ids=str
+)
+def test_the_norm_before_the_product_raises(rewritten, dtype, T, n):
     def model(X, y, Z, fn, base, scale):
         x, post, comb = pre(X, fn, base, scale)
         mixed = post.to(X.dtype).unsqueeze(-1) * y.unsqueeze(-2) + torch.matmul(comb.to(X.dtype).mT, X)
         f = Z.float().flatten(2)
         f = f * torch.rsqrt(f.square().mean(-1, keepdim=True) + RMS_EPS)
-        last = torch.sigmoid(F.linear(f, fn[:4]) * scale[:1] + base[:4]) + EPS
+        last = torch.sigmoid(F.linear(f, fn[:n]) * scale[:1] + base[:n]) + EPS
         return x, post, comb, mixed, (last.unsqueeze(-1) * Z).sum(2).to(Z.dtype)
 
-    X, y, Z = torch.randn(2, 3, 4, 6).to(dtype), torch.randn(2, 3, 6).to(dtype), torch.randn(2, 3, 4, 6).to(dtype)
-    args = X, y, Z, *weights(4, 6, 24, 3, torch.float32)
+    X, y, Z = torch.randn(2, T, n, 6).to(dtype), torch.randn(2, T, 6).to(dtype), torch.randn(2, T, n, 6).to(dtype)
+    args = X, y, Z, *weights(n, 6, (2 + n) * n, 3, torch.float32)
     result, report = rewritten(model, *args)
     assert report.counts["mhc"] == 3
     assert report.runs["mhc_pre", "cpu"] == report.runs["mhc_post", "cpu"] == report.runs["mhc_head", "cpu"] == 1
@@ -258,16 +297,22 @@ def test_the_norm_before_the_product_raises(rewritten, dtype):
     torch.testing.assert_close(result, model(*args), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("length", [1, 3])
-def test_the_first_collapse_raises_as_a_product(rewritten, length):
-    """Its streams are one embedding, repeated: einsum turns them on the way, and repeats the turned."""
+FIRST = {
+    "einsum": lambda p, X: torch.einsum("...n,...nd->...d", p, X),
+    "from the right": lambda p, X: (X.mT @ p.unsqueeze(-1)).squeeze(-1),
+}
+
+
+@pytest.mark.parametrize(("spelling", "length"), [("einsum", 1), ("einsum", 3), ("from the right", 3)])
+def test_the_first_collapse_raises_as_a_product(rewritten, spelling, length):
+    """Its streams are one embedding, repeated: products turn them on the way, and repeat the turned."""
 
     def first(tokens, table, fn, base, scale):
         X = table[tokens].unsqueeze(2).expand(-1, -1, 4, -1)
         f = X.flatten(2)
         r = torch.rsqrt(f.square().mean(-1, keepdim=True) + RMS_EPS)
         coefficients = torch.sigmoid(F.linear(f, fn) * r * scale + base) + EPS
-        return torch.einsum("...n,...nd->...d", coefficients, X)
+        return FIRST[spelling](coefficients, X)
 
     args = torch.randint(7, (2, length)), torch.randn(7, 6), *weights(4, 6, 4, 1, torch.float32)
     result, report = rewritten(first, *args)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from .graph import RESHAPES, aten, is_tensor, known, reshaped, same_shape, shape, users, value
+from .graph import RESHAPES, VIEWS, aten, is_cast, is_tensor, known, reshaped, same_shape, shape, users, value
 from .writer import Writer, args, form, is_call
 
 
@@ -169,10 +169,17 @@ def of_turned(w: Writer, node: Node) -> Node | None:
     return in_shape(w, total, shape(node), node)
 
 
-def across(matrix: Node, along: int, depth: int) -> bool:
-    """Whether the elements that are added do not lie side by side: those of a product with stored weights do."""
-    strides = value(matrix).stride()
-    return known(strides[along] == 1) and not known(strides[depth] == 1) and not known(shape(matrix)[along] == 1)
+def across(matrices: Node, along: int, depth: int) -> bool:
+    """Whether the elements that are added do not lie side by side where they come from: those of a product with stored
+    weights do, however they were copied since."""
+    rows, columns = shape(matrices)[1:]
+    source: Any = matrices
+    while is_call(source, *VIEWS) or is_cast(source):
+        source = source.args[0]
+        if same_shape(shape(source)[-2:], (rows, columns)):
+            matrices = source
+    strides = value(matrices).stride()
+    return known(strides[along] == 1) and not known(strides[depth] == 1) and not known(shape(matrices)[along] == 1)
 
 
 def stands_alone(x: Any) -> bool:
@@ -191,13 +198,21 @@ def stands_alone(x: Any) -> bool:
 
 @form(aten.permute.default)
 def before_repetition(w: Writer, node: Node) -> Node | None:
-    """What is repeated along axes of size 1 and then turned, as turned and then repeated."""
+    """What is repeated along axes of size 1 and then turned, as turned and then repeated; a view where only those move."""
     x, order = args(node)
-    if not is_call(x, aten.expand.default):
+    wide: Any = x
+    while is_call(wide, *RESHAPES):
+        wide = wide.args[0]
+    if not is_call(wide, aten.expand.default):
         return None
-    y = x.args[0]
-    y = in_shape(w, y, (1,) * (len(order) - len(shape(y))) + shape(y), node)
-    return w.make(node, aten.expand.default, w.make(node, aten.permute.default, y, order), list(shape(node)))
+    groups = regrouped([[d] for d in range(len(shape(wide)))], shape(wide), shape(x))
+    if groups is None:
+        return None
+    y, axes = wide.args[0], [d for i in order for d in groups[i]]
+    y = in_shape(w, y, (1,) * (len(axes) - len(shape(y))) + shape(y), node)
+    calm = still(y, axes) == sorted(axes)
+    y = in_shape(w, y, tuple(sizes(y, axes)), node) if calm else w.make(node, aten.permute.default, y, axes)
+    return in_shape(w, w.make(node, aten.expand.default, y, sizes(wide, axes)), shape(node), node)
 
 
 @form(aten.bmm.default)
@@ -223,9 +238,9 @@ def weighted_sum(w: Writer, node: Node) -> Node | None:
         vectors = (in_shape(w, x, (many, depth), node) for x in (a, b))
         total = w.make(node, aten.sum.dim_IntList, w.make(node, aten.mul.Tensor, *vectors), [1], True)
         return in_shape(w, total, (many, 1, 1), node)
-    if stands_alone(a) and across(b, 2, 1):
+    if stands_alone(a) and across(b, -1, -2):
         matrix, weights = b, a
-    elif stands_alone(b) and across(a, 1, 2):
+    elif stands_alone(b) and across(a, -2, -1):
         matrix, weights = w.make(node, aten.permute.default, a, [0, 2, 1]), b
     else:
         return None

@@ -183,9 +183,9 @@ class Search:
         if len(a.operands) != len(b.operands) or a.literals.keys() != b.literals.keys():
             self.fail(binding, f"{a} with {len(a.operands)} operands", f"{len(b.operands)}, {b.literals}")
             return None
-        implied = self.implied_bound(a)
+        implied, given = self.implied_bound(a), _in_steps_of(a, b, m)
         for key, wanted in a.literals.items():
-            if key != implied and not self.number(wanted, b.literals[key], binding, key):
+            if key != implied and not self.number(wanted, given[key], binding, key):
                 return None
         if is_tensor(p) and not self.shapes(shape(p), shape(m), binding):
             return None
@@ -303,6 +303,15 @@ def outside_users(inner: Iterable[Node], outputs: set[Node]) -> Iterator[tuple[N
     for node in inside - outputs:
         if any(isinstance(value(a), (torch.Tensor, tuple, list)) for a in node.all_input_nodes):
             yield from ((node, u) for u in users(node) if u not in inside)
+
+
+def _in_steps_of(a: Term, b: Term, m: Node) -> dict[str, Any]:
+    """The literals of b, which m computes; one element of an axis is in the steps of a, whatever they are."""
+    if a.head != "aten.slice" or not known(shape(m)[b.literals["dim"]] == 1):
+        return b.literals
+    start, step = b.literals["start"], a.literals["step"]
+    end = start + 1 if step == 1 else shape(b.operands[0])[b.literals["dim"]]
+    return b.literals | {"end": end, "step": step}
 
 
 def _strip(x: Any) -> Any:
