@@ -20,7 +20,7 @@ from dsv4_compile.lowerings.grouped_mm import grouped_mm
 from dsv4_compile.lowerings.head import head, mtp_join
 from dsv4_compile.lowerings.indexer import indexer
 from dsv4_compile.lowerings.linear import grouped_linear, linear, linear_wide
-from dsv4_compile.lowerings.linears import LINEARS
+from dsv4_compile.lowerings.linears import LINEARS, NORMED
 from dsv4_compile.lowerings.mhc import mhc_head, mhc_post, mhc_pre
 from dsv4_compile.lowerings.mhc_boundary import mhc_boundary, mhc_enter
 from dsv4_compile.lowerings.moe import moe
@@ -279,6 +279,11 @@ class Cases:
         for what, (K, rows, wide) in readers.items():
             op = LINEARS[len(rows)]
             yield Case(what, op, lambda K=K, rows=rows, wide=wide: (self.x(self.N, K), *self.several(rows, K), wide))
+
+        for rows in ((c.num_attention_heads * d,), (c.num_attention_heads * d, c.index_n_heads * index)):
+            what = "norm and queries" + (", and indexer's" if len(rows) > 1 else "")
+            made = lambda rows=rows: (self.x(self.N, q), self.draw(q), EPS, *self.several(rows, q), 0)  # noqa: E731
+            yield Case(what, NORMED[len(rows)], made)
 
         def stored() -> Inputs:
             (a, a_scale), (b, b_scale) = self.matrix(q, D, format="fp8"), self.matrix(d, D, format="fp8")

@@ -1,6 +1,7 @@
 """Few vectors times several stored matrices, in one launch: see `gemv`, and `stream`.
 
-The matrices are read as if their rows lay one after the other, each filled up to whole sixteens of them.
+The matrices are read as if their rows lay one after the other, each filled up to whole sixteens of them. With RMSNorm in
+front, every warp finds the sizes of the vectors by itself: they are short, and lie in the first cache.
 """
 
 from collections.abc import Iterator
@@ -9,19 +10,21 @@ from itertools import accumulate
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32, Int64, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 
 from dsv4_compile.kernel import Kernel, fake
 from dsv4_compile.kernel import stream as current
 from dsv4_compile.kernels import stored
 from dsv4_compile.kernels.gemv import AHEAD, scale_argument
-from dsv4_compile.kernels.stream import DTYPES, ROWS, Config, Stream, Work, configs_of, kind
+from dsv4_compile.kernels.stored import LANES
+from dsv4_compile.kernels.stream import DTYPES, ROWS, Config, Stream, Work, configs_of, kind, loaded
 
 
 @dataclass(frozen=True)
 class Shape:
     """y_i[m] = W_i x[m]: matrices of `rows` and K columns, all of one format; `dtype` of x and `outs` of y_i: bf16 or fp32.
-    M, format and e8m0 as in `gemv.Shape`; no format with a second scale."""
+    M, format and e8m0 as in `gemv.Shape`; no format with a second scale. norm: dtype of the weight of an RMSNorm in front, or
+    "none"."""
 
     M: int
     rows: tuple[int, ...]
@@ -30,6 +33,7 @@ class Shape:
     e8m0: bool
     dtype: str
     outs: tuple[str, ...]
+    norm: str = "none"
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -45,13 +49,13 @@ class Linears(Stream):
     def __init__(self, shape: Shape, config: Config):
         super().__init__(shape.work, config)
         self.sizes, self.ends, self.starts = shape.rows, shape.ends, (0, *shape.ends)
-        self.outs = [DTYPES[out] for out in shape.outs]
+        self.outs, self.norm = [DTYPES[out] for out in shape.outs], DTYPES.get(shape.norm)
         self.scale_row, _ = self.format.scale_bytes(ROWS, shape.K)
         self.scale_sizes = [self.format.scale_bytes(rows, shape.K)[1] for rows in shape.rows]
 
     @cute.jit
-    def __call__(self, x: cute.Tensor, weights, scales, ys, early: Int32, stream):
-        self.kernel(x, weights, scales, ys, early).launch(
+    def __call__(self, x: cute.Tensor, norm, eps: Float32, weights, scales, ys, early: Int32, stream):
+        self.kernel(x, norm, eps, weights, scales, ys, early).launch(
             grid=[self.grid * self.split, 1, 1],
             block=[self.threads, 1, 1],
             cluster=[self.split, 1, 1],
@@ -92,8 +96,32 @@ class Linears(Stream):
                 begin = self.weights[i] + Int64(local) * self.row_bytes + self.rank * size
                 stored.fetch_to_l2(begin, Int32(min(size, AHEAD)))
 
+    @cute.jit
+    def measure(self, x, eps):
+        """1 / sqrt(mean(x^2) + eps) of each vector."""
+        inverse, runs = cute.make_rmem_tensor((self.M,), Float32), self.K // 8
+        for m in cutlass.range_constexpr(self.M):
+            total = Float32(0.0)
+            for i in cutlass.range(self.lane, runs, LANES):
+                part = loaded(x[m, None], i, self.dtype)
+                for j in cutlass.range_constexpr(8):
+                    total = total + Float32(part[j]) * Float32(part[j])
+            total = cute.arch.warp_reduction_sum(total)
+            inverse[m] = cute.math.rsqrt(total / Float32(self.K) + eps)
+        return inverse
+
+    @cute.jit
+    def eight(self, x, m: int, index):
+        """See `Stream.eight`."""
+        part = loaded(x[m, None], index, self.dtype)
+        if const_expr(self.norm is not None):
+            weight = loaded(self.norm_weight, index, self.norm)
+            for j in cutlass.range_constexpr(8):
+                part[j] = (Float32(part[j]) * self.inverse[m] * Float32(weight[j])).to(self.dtype)
+        return cute.recast_tensor(part, Int32)
+
     @cute.kernel
-    def kernel(self, x, weights, scales, ys, early):
+    def kernel(self, x, norm, eps, weights, scales, ys, early):
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         self.allocate()
@@ -108,16 +136,22 @@ class Linears(Stream):
                 cute.arch.griddepcontrol_wait()
         self.fill()
         self.follow()
+        self.norm_weight, self.inverse = norm, None
+        if const_expr(self.norm is not None):
+            self.inverse = self.measure(x, eps)
         self.stage_vectors(x, None, thread)
         cute.arch.barrier()
         self.run(thread)
 
 
 def program(shape: Shape, config: Config):
-    """x [M, K], weights [R_i, row] of 32-bit words, scales (bytes, or fp32) or None -> ys [M, R_i]. early: as in `gemv`."""
+    """x [M, K], norm [K] or None, eps, weights [R_i, row] of 32-bit words, scales (bytes, or fp32) or None -> ys [M, R_i].
+    early: as in `gemv`."""
     words, some = stored.Format(shape.format).row_bytes(shape.K) // 4, shape.format in stored.GROUP
     arguments = (
         fake(DTYPES[shape.dtype], shape.M, shape.K),
+        None if shape.norm == "none" else fake(DTYPES[shape.norm], shape.K),
+        Float32(0.0),
         tuple(fake(Int32, rows, words) for rows in shape.rows),
         tuple(scale_argument(shape.format, shape.e8m0) for _ in shape.rows) if some else None,
         tuple(
@@ -137,6 +171,6 @@ def configs(shape: Shape) -> Iterator[Config]:
 KERNEL = Kernel("linears", __file__, program, configs)
 
 
-def launch(shape: Shape, x, weights, scales, ys, early: int = 0) -> None:
+def launch(shape: Shape, x, norm, eps: float, weights, scales, ys, early: int = 0) -> None:
     """See `program`."""
-    KERNEL.launcher(shape)(x, weights, scales, ys, early)
+    KERNEL.launcher(shape)(x, norm, eps, weights, scales, ys, early)

@@ -38,6 +38,7 @@ OPS: tuple[Op, ...] = (
     output_projection.output_projection,
     linear.linear_wide,
     *linears.LINEARS.values(),
+    *linears.NORMED.values(),
     pointwise.softmax,
     pointwise.silu,
     pointwise.softplus,

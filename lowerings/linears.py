@@ -1,5 +1,5 @@
 """Several linear layers of the same vectors, in one launch: few vectors are bound by reading the weights, which one kernel
-does as if the matrices were one.
+does as if the matrices were one. RMSNorm may be in front of them.
 
 An op for each number of them: an op's tensors are known by name.
 """
@@ -11,16 +11,17 @@ import torch
 
 from dsv4_compile.lowerings import gemv
 from dsv4_compile.lowerings.linear import linear, linear_wide, sizes_of
-from dsv4_compile.lowerings.norm import DTYPES
+from dsv4_compile.lowerings.norm import DTYPES, rms_norm
 from dsv4_compile.op import Cost, Op, Tensor, op
 
 MOST = 7  # of one launch: all that read what comes into attention with an indexer
 
 
-def of(count: int) -> Op:
-    """dsv4::linears_<count>."""
+def of(count: int, normed: bool) -> Op:
+    """dsv4::linears_<count>, or dsv4::normed_linears_<count>."""
     weights, scales = ([f"{letter}{i}" for i in range(count)] for letter in "ws")
-    types: dict[str, Any] = {"x": Tensor} | dict.fromkeys(weights, Tensor) | {"wide": int}
+    in_front: dict[str, Any] = {"norm": Tensor, "eps": float} if normed else {}
+    types: dict[str, Any] = {"x": Tensor} | in_front | dict.fromkeys(weights, Tensor) | {"wide": int}
     types |= dict.fromkeys(scales, Tensor | None)
     parameters = [
         Parameter(n, Parameter.POSITIONAL_OR_KEYWORD, default=None if n in scales else Parameter.empty) for n in types
@@ -31,23 +32,27 @@ def of(count: int) -> Op:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         a = bound.arguments
+        x = rms_norm(a["x"], a["norm"], a["eps"]) if normed else a["x"]
         pairs = zip((a[w] for w in weights), (a[s] for s in scales), strict=True)
-        each = (linear_wide(a["x"], w) if is_wide(a, i) else linear(a["x"], w, s) for i, (w, s) in enumerate(pairs))
-        return tuple(each)
+        each = [linear_wide(x, w) if is_wide(a, i) else linear(x, w, s) for i, (w, s) in enumerate(pairs)]
+        return tuple(each) if count > 1 else each[0]
 
-    meaning.__doc__ = f"""y_i = x W_i^T for i < {count}: `linear` of each, or `linear_wide` where bit i of `wide` is set.
+    meaning.__doc__ = f"""y_i = x W_i^T for i < {count}: `linear` of each, or `linear_wide` where bit i of `wide` is set; of
+    rms_norm(x, norm, eps) in the place of x, where the op has these.
 
-    x [M, K]; w_i [N_i, K], plain, or with s_i as `linear` takes them, fp8 or mxfp4 -> y_i [M, N_i] of x's dtype, wide ones of
-    at least fp32.  Source: DeepSeek-V4, attention, compressor and indexer; router and shared expert.
+    x [M, K]; norm [K]; w_i [N_i, K], plain, or with s_i as `linear` takes them, fp8 or mxfp4 -> y_i [M, N_i] of x's dtype,
+    wide ones of at least fp32.  Source: DeepSeek-V4, attention, compressor and indexer; router and shared expert.
     """
     setattr(meaning, "__signature__", signature)  # noqa: B010
-    meaning.__annotations__ = types | {"return": tuple[(Tensor,) * count]}  # type: ignore[misc]
-    made = op(f"dsv4::linears_{count}", tuple(f"y{i}" for i in range(count)))(meaning)
+    meaning.__annotations__ = types | {"return": tuple[(Tensor,) * count] if count > 1 else Tensor}  # type: ignore[misc]
+    outputs = tuple(f"y{i}" for i in range(count)) if count > 1 else ("out",)
+    made = op(f"dsv4::{'normed_' * normed}linears_{count}", outputs)(meaning)
 
     @made.cost
     def _(M, K, rows, stored, written):
         """rows: of all weights; stored: bytes of them; written: of the outputs."""
-        return Cost(flops=2 * M * rows * K, read=stored + 2 * M * K, write=written)
+        norm = 4 * M * K if normed else 0
+        return Cost(flops=2 * M * rows * K + norm, read=stored + 2 * M * K + norm / M, write=written)
 
     @made.sizes
     def _(a):
@@ -68,20 +73,25 @@ def of(count: int) -> Op:
             return "weights in different formats"
         if any(w.numel() == 0 for w, _ in pairs) or a.x.numel() == 0:
             return "a matrix without numbers"
-        return gemv.fits(shape_of(a.x, pairs, a.wide)) or "vectors beyond shared memory"
+        norm = getattr(a, "norm", None)
+        if norm is not None and (norm.dtype not in DTYPES or gemv.streams(norm.unsqueeze(0), None, None) is not True):
+            return "an RMSNorm whose weight is not bfloat16 or float32, in one piece and aligned"
+        return gemv.fits(shape_of(a.x, pairs, a.wide, norm)) or "vectors beyond shared memory"
 
     @made.on("cuda", arch="sm_90+", when=streamed)
     def _(x, *given):
         from dsv4_compile.kernels.linears import launch
 
+        norm, eps = given[:2] if normed else (None, 0.0)
+        given = given[2 * normed :]
         ws, wide, ss = given[:count], given[count], given[count + 1 :]
-        shape = shape_of(x, list(zip(ws, ss, strict=True)), wide)
+        shape = shape_of(x, list(zip(ws, ss, strict=True)), wide, norm)
         dtypes = [torch.float32 if out == "fp32" else x.dtype for out in shape.outs]
         ys = tuple(x.new_empty(len(x), len(w), dtype=dtype) for w, dtype in zip(ws, dtypes, strict=True))
         early = int(gemv.settled(ys, *ws, *ss))
         scales = None if ss[0] is None else tuple(map(gemv.flat, ss))
-        launch(shape, x.contiguous(), tuple(map(gemv.words, ws)), scales, ys, early)
-        return ys
+        launch(shape, x.contiguous(), norm, eps, tuple(map(gemv.words, ws)), scales, ys, early)
+        return ys if count > 1 else ys[0]
 
     return made
 
@@ -90,7 +100,7 @@ def is_wide(a: Any, i: int) -> bool:
     return bool(a["wide"] >> i & 1)
 
 
-def shape_of(x: Tensor, pairs: Any, wide: int) -> Any:
+def shape_of(x: Tensor, pairs: Any, wide: int, norm: Tensor | None) -> Any:
     from dsv4_compile.kernels.linears import Shape
 
     (weight, scale), dtype = pairs[0], DTYPES[x.dtype]
@@ -98,7 +108,8 @@ def shape_of(x: Tensor, pairs: Any, wide: int) -> Any:
     assert format is not None, "`streamed` was not asked"
     outs = tuple("fp32" if wide >> i & 1 else dtype for i in range(len(pairs)))
     rows, e8m0 = tuple(len(w) for w, _ in pairs), scale is None or scale.dtype != torch.float32
-    return Shape(len(x), rows, x.shape[1], format, e8m0, dtype, outs)
+    return Shape(len(x), rows, x.shape[1], format, e8m0, dtype, outs, "none" if norm is None else DTYPES[norm.dtype])
 
 
-LINEARS = {count: of(count) for count in range(2, MOST + 1)}
+LINEARS = {count: of(count, normed=False) for count in range(2, MOST + 1)}
+NORMED = {count: of(count, normed=True) for count in (1, 2)}  # queries, and with them the indexer's

@@ -241,6 +241,15 @@ MIXED: dict[str, Draw] = {"post": Uniform(0.0, 2.0), "comb": Uniform(0.0, 1.0)}
 ENTERED: dict[str, Draw] = {"fn": Matrix(), "scale": Uniform(0.5, 2.0), "weight": Uniform(0.5, 1.5)}
 SCALES_2: dict[str, Draw] = {f"t{i}": Scale(-1, 1) for i in (1, 2, 3)}
 
+NORMED: dict[str, Draw] = {"x": Normal(spread=True), "norm": Uniform(0.5, 1.5)}
+
+
+def several(count: int) -> dict[str, Draw]:
+    """So many stored matrices."""
+    draws: dict[str, Draw] = {f"w{i}": Matrix(8.0) for i in range(count)}
+    return draws | {f"s{i}": Scale() for i in range(count)}
+
+
 CONTRACTS: dict[str, Contract] = {
     "dequantize": Contract(
         ("float32",),
@@ -283,9 +292,17 @@ CONTRACTS: dict[str, Contract] = {
         f"linears_{count}": Contract(
             tuple(f"x, acc x if wide & {1 << i}" for i in range(count)),
             accumulate="products in x's dtype at least",
-            draws={f"w{i}": Matrix(8.0) for i in range(count)} | {f"s{i}": Scale() for i in range(count)},
+            draws=several(count),
         )
         for count in range(2, 8)
+    },
+    **{
+        f"normed_linears_{count}": Contract(
+            tuple(f"x, acc x if wide & {1 << i}" for i in range(count)),
+            accumulate="products in x's dtype at least; the norm in at least fp32, rounded to x's dtype",
+            draws={**NORMED, **several(count)},
+        )
+        for count in (1, 2)
     },
     "grouped_mm": Contract(("x",), draws={"w": Matrix(), "ends": Ends("x")}),
     "softmax": Contract(("x",), order="maximum first, then sum", draws={"x": Normal(4.0)}),

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from dsv4_compile.config import Config
 from dsv4_compile.lowerings import OPS
-from dsv4_compile.lowerings.linears import LINEARS
+from dsv4_compile.lowerings.linears import LINEARS, NORMED
 from dsv4_compile.passes import PassManager
 from dsv4_compile.patterns import RULES
 from dsv4_compile.reference_model.quant import quantize
@@ -43,6 +43,18 @@ def test_all_readers_of_the_same_vectors_are_one_op():
     assert traced(readers, x, z, a, b, c, other) == ["linears_3"]
 
 
+def test_a_norm_in_front_is_made_on_the_way_if_nobody_else_reads_it():
+    def layers(x, weight, a, b, more):
+        y = x.float()
+        y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6) * weight).to(x.dtype)
+        return F.linear(y.view(1, 64), a), F.linear(y, b), y * 2 if more else None
+
+    (a, b), weight = weights(48, 16), torch.empty(64, device="meta")
+    x = torch.empty(1, 1, 64, dtype=torch.bfloat16, device="meta")
+    assert traced(layers, x, weight, a, b, False) == ["normed_linears_2"]
+    assert traced(layers, x, weight, a, b, True) == ["linears_2"]
+
+
 def test_more_than_one_launch_takes_are_two():
     many = weights(*range(16, 16 * 11, 16))
     x = torch.empty(2, 64, dtype=torch.bfloat16, device="meta")
@@ -67,6 +79,12 @@ def test_the_meaning_is_each_of_them():
     want = x @ a.T, x @ b.T, x @ (codes.double() * scale.double().repeat_interleave(128, 0)[:7, :1]).T
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-6, atol=1e-6)
+    weight = torch.rand(64, dtype=torch.float64) + 0.5
+    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-3) * weight
+    torch.testing.assert_close(NORMED[1](x, weight, 1e-3, a, 0), y @ a.T)
+    torch.library.opcheck(
+        NORMED[2].target, (x.bfloat16(), weight.float(), 1e-3, a.bfloat16(), b.bfloat16(), 1, None, None)
+    )
     narrow = LINEARS[2](x.bfloat16(), a.bfloat16(), b.bfloat16(), 0b10)
     assert [y.dtype for y in narrow] == [torch.bfloat16, torch.float32]
     torch.library.opcheck(LINEARS[2].target, (x.bfloat16(), a.bfloat16(), b.bfloat16(), 0b10, None, None))
@@ -111,6 +129,22 @@ def test_they_are_the_meaning(rows, K, M, format, kernel_parity):
     (ws, ss), (vs, ts) = stored(format, rows, K, 3), stored(format, rows, K, 4)
     flags = 0b1010101 & ((1 << n) - 1) if format == "bf16" else 0
     kernel_parity(LINEARS[n], x, *ws, flags, *ss, others=(z, *vs, flags, *ts), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weight", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("format", ["bf16", "fp8"])
+@pytest.mark.parametrize(
+    ("M", "rows", "K"), [(1, (640, 256), 1024), (3, (100,), 72 * 16), (8, (4096,), 1024), (2, (33, 5), 96)]
+)
+def test_a_norm_in_front_is_the_meaning(M, rows, K, format, weight, kernel_parity):
+    def given(seed):
+        g = torch.Generator().manual_seed(seed)
+        x, norm = torch.randn(M, K, generator=g) * 3, torch.rand(K, generator=g) + 0.5
+        ws, ss = stored(format, rows, K, seed)
+        return x.bfloat16(), norm.to(weight), 1e-6, *ws, 0, *ss
+
+    kernel_parity(NORMED[len(rows)], *given(0), others=given(1), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.gpu
