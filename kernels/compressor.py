@@ -95,19 +95,20 @@ class Compressor:
         for first in cutlass.range(0, self.rows, n, unroll=1):
             values = cute.make_rmem_tensor((VECTOR, n), Float32)
             gates = cute.make_rmem_tensor((VECTOR, n), Float32)
-            values.fill(0.0)
-            gates.fill(-cutlass.Float32.inf)
+            row = cute.make_rmem_tensor((n,), Int32)
+            for i in cutlass.range_constexpr(n):  # all of them before anything waits for one
+                row[i] = Int32(index[batch, w, cutlass.min(first + i, self.rows - 1)])
+            for i in cutlass.range_constexpr(n):  # absent rows read some other, without a branch
+                at, there = v, cutlass.max(row[i], 0)
+                if const_expr(self.overlap):
+                    at = v if first + i < half else v + self.d // VECTOR
+                cute.autovec_copy(cute.zipped_divide(c[batch, there, None], (VECTOR,))[None, at], values[None, i])
+                cute.autovec_copy(cute.zipped_divide(z[batch, there, None], (VECTOR,))[None, at], gates[None, i])
             for i in cutlass.range_constexpr(n):
-                place = first + i
-                row = Int32(-1)
-                if place < self.rows:
-                    row = Int32(index[batch, w, place])
-                if row >= 0:
-                    at = v
-                    if const_expr(self.overlap):
-                        at = v if place < half else v + self.d // VECTOR
-                    cute.autovec_copy(cute.zipped_divide(c[batch, row, None], (VECTOR,))[None, at], values[None, i])
-                    cute.autovec_copy(cute.zipped_divide(z[batch, row, None], (VECTOR,))[None, at], gates[None, i])
+                if row[i] < 0 or first + i >= self.rows:
+                    for j in cutlass.range_constexpr(VECTOR):
+                        values[j, i] = Float32(0.0)
+                        gates[j, i] = -cutlass.Float32.inf
             for j in cutlass.range_constexpr(VECTOR):
                 highest = top[j]
                 for i in cutlass.range_constexpr(n):
@@ -136,8 +137,9 @@ def program(shape: Shape, config: Config):
 
 
 def configs(shape: Shape) -> Iterator[Config]:
-    for at_once in (8, 4):
-        yield Config(at_once)
+    for at_once in (16, 8, 4):
+        if at_once <= max(8, shape.rows // 4):
+            yield Config(at_once)
 
 
 KERNEL = Kernel("compressor", __file__, program, configs)
