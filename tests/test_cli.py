@@ -152,6 +152,19 @@ def test_other_choices_are_counted_apart_from_the_error() -> None:
     assert read.error["compiled"] < 1e-4
 
 
+def test_the_copy_for_plain_inductor_has_the_same_weights() -> None:
+    """And no e8m0, which Inductor alone cannot hand to region bodies."""
+    formats = dict(linear_format="fp8", expert_format="mxfp4", moe_intermediate_size=32)
+    model = DSV4(CONFIG.replace(**formats)).eval().requires_grad_(False)
+    with torch.inference_mode():
+        other, tokens = measure.with_plain_scales(model), torch.arange(9).unsqueeze(0)
+        assert torch.equal(other(tokens), model(tokens))
+    before, after = (dict(m.named_parameters()) for m in (model, other))
+    changed = {name for name, p in before.items() if after[name] is not p}
+    assert changed == {name for name, p in before.items() if p.dtype == torch.float8_e8m0fnu} and changed
+    assert torch.float8_e8m0fnu not in {p.dtype for p in after.values()}
+
+
 # Text
 
 

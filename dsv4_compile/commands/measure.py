@@ -7,6 +7,7 @@ logits are compared under the same choices, since a near tie that falls the othe
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -98,6 +99,18 @@ class Runner:
     def wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def with_plain_scales(model: DSV4) -> DSV4:
+    """A model that shares everything with `model` but its e8m0 scales, which are the same numbers in fp32: Inductor alone
+    cannot call region bodies with e8m0 (graphs/regions.py)."""
+    e8m0 = torch.float8_e8m0fnu
+    other = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    for module in other.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if p.dtype == e8m0:
+                setattr(module, name, torch.nn.Parameter(p.float(), requires_grad=False))
+    return other
 
 
 def choose(loop: Loop, logits: Tensor) -> None:

@@ -204,7 +204,8 @@ class Job:
         steps = {"compiled": self.step}
         if self.ask.compare:
             prefill["inductor"] = decode["inductor"] = self.plain_inductor(ids)
-            steps["inductor"] = self.step_of(decode["inductor"], **self.plain)
+            plain_step = self.step_of(decode["inductor"], backend="inductor")
+            steps["inductor"] = lambda _, loop: plain_step(self.other, loop)
             prefill["compiled"] = self.full
             with self.screen.step("compiling prefill in full"):
                 self.first_call(lambda: runner.prefill(self.full, ids[:1], runner.state()))
@@ -233,14 +234,9 @@ class Job:
         }
 
     def plain_inductor(self, ids: list[int]) -> measure.Forward:
-        """torch.compile without our rules, already compiled for both shapes."""
-        runner = self.runner
-        self.plain: dict[str, Any] = {"backend": "inductor"}
-        if any(p.dtype == torch.float8_e8m0fnu for p in self.model.parameters()):
-            # Inductor alone cannot call region bodies with such scales; see regions.py.
-            self.screen.note("e8m0 scales: plain Inductor runs behind dsv4 with all its passes off")
-            self.plain = {"backend": "dsv4", "options": {"passes": "none"}}
-        forward = compiled(self.model, **self.plain)
+        """torch.compile without us, already compiled for both shapes."""
+        runner, self.other = self.runner, measure.with_plain_scales(self.model)
+        forward = compiled(self.other, backend="inductor")
         with self.screen.step("compiling prefill with plain Inductor"):
             runner.prefill(forward, ids[: runner.sizes.chunk], runner.state())
         with self.screen.step("compiling decode with plain Inductor"):
