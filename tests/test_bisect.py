@@ -270,7 +270,7 @@ def test_the_command_line(folder, tmp_path):
     assert result.exit_code == 1, result.output
     assert "raise.rms_norm/weighted in layers.0." in result.stdout and "compiles" in result.stdout
     assert f"reference_model.load('{folder}', 'cpu', torch.float32)" in (tmp_path / "r.py").read_text()
-    result = call("shadow", "--model", folder, "--prompt", "ab", "--disable", "fuse.moe")
+    result = call("shadow", "--model", folder, "--prompt", "ab", "--disable", "fuse.moe", "--phase", "decode")
     assert result.exit_code == 0, result.output
     assert "0 of" in result.stdout and "fuse.attention/window_only" in result.stdout and "fuse.moe" not in result.stdout
 
@@ -280,6 +280,8 @@ def test_the_command_line(folder, tmp_path):
     [
         (("bisect", "--metric", "logit"), "unknown metric 'logit'; did you mean 'logits'"),
         (("bisect", "--prompt", "a" * 5000), "shorten the prompt"),
+        (("bisect", "--phase", "decod"), "unknown phase 'decod'; did you mean 'decode'"),
+        (("bisect", "--phase", "decode", "--metric", "bits"), "--metric bits: needs the prompt in one call"),
         (("shadow", "--disable", "fuse.mo"), "unknown pass 'fuse.mo'; did you mean 'fuse.moe'"),
         (("bisect", "--prompt", ""), "give at least two tokens"),
     ],

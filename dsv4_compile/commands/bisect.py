@@ -7,7 +7,10 @@ import typer
 
 from .arguments import Device, Disable, Dtype, Lowerings, Model, Option, plainly
 
-Prompt = Annotated[str, Option(help="Text that the model reads, in one call.")]
+Prompt = Annotated[str, Option(help="Text that the model reads.")]
+Phase = Annotated[
+    str, Option(help="prefill: the prompt in one call; decode: its last token, the others being in the state.")
+]
 
 PROMPT = "def largest(values):\n    "
 
@@ -15,6 +18,7 @@ PROMPT = "def largest(values):\n    "
 def bisect(
     model: Model = None,
     prompt: Prompt = PROMPT,
+    phase: Phase = "prefill",
     metric: Annotated[str, Option(help="logits, kl, tokens or bits: what of the output must not change.")] = "logits",
     threshold: Annotated[float | None, Option(help="Of the metric; by default what rounding does not reach.")] = None,
     budget: Annotated[int, Option(help="Compiles to spend.")] = 200,
@@ -32,12 +36,15 @@ def bisect(
 
     screen = Screen()
     with plainly(InputError, DSV4Error), screen.step("searching"):
-        loaded, tokens, options = prepared(model, prompt, device, dtype, disable, lowerings)
+        loaded, (tokens, *state), options = prepared(model, prompt, phase, device, dtype, disable, lowerings)
+        if metric == "bits" and phase == "decode":
+            raise InputError("--metric bits: needs the prompt in one call; use --phase prefill, or --metric kl")
         place = repr(str(model.resolve())) if model is not None else "nano.CHECKPOINT"
         source = f"reference_model.load({place}, {str(tokens.device)!r}, {loaded.embed.weight.dtype})"
         result = search(
             loaded,
             tokens,
+            *state,
             metric=metric,
             threshold=threshold,
             budget=budget,
@@ -54,6 +61,7 @@ def bisect(
 def shadow(
     model: Model = None,
     prompt: Prompt = PROMPT,
+    phase: Phase = "prefill",
     device: Device = None,
     dtype: Dtype = None,
     disable: Disable = None,
@@ -66,8 +74,8 @@ def shadow(
     from .screen import Screen
 
     with plainly(InputError, DSV4Error), Screen().step("comparing"):
-        loaded, tokens, options = prepared(model, prompt, device, dtype, disable, lowerings)
-        result = watch(loaded, tokens, options=options)
+        loaded, given, options = prepared(model, prompt, phase, device, dtype, disable, lowerings)
+        result = watch(loaded, *given, options=options)
     typer.echo(str(result))
     if result.failed:
         raise typer.Exit(1)
@@ -76,17 +84,22 @@ def shadow(
 def prepared(
     model: Path | None,
     prompt: str,
+    phase: str,
     device: str | None,
     dtype: str | None,
     disable: str | None,
     lowerings: str | None,
-) -> tuple[Any, Any, dict[str, Any]]:
-    """The model, its prompt [1, T] and the backend's options. Raises InputError."""
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The model; its tokens [1, T] and at decode its state; the backend's options. Raises InputError."""
     import torch
 
+    from ..errors import nearest
     from . import inputs
+    from .explain import PHASES
     from .text import special, text_of
 
+    if phase not in PHASES:
+        raise inputs.InputError(f"--phase: unknown phase {phase!r}{nearest(phase, PHASES)}")
     place = inputs.read_device(device)
     options, _ = inputs.backend_options({"disable": disable, "lowerings": lowerings, "inner": "eager"}, place)
     loaded, folder = inputs.load_model(model, place, inputs.read_dtype(dtype, place), lambda *_: None)
@@ -94,4 +107,9 @@ def prepared(
     if len(ids) < 2:
         raise inputs.InputError("--prompt is too short: give at least two tokens of text")
     inputs.check_fits(len(ids) - 1, 1, loaded.config.max_position_embeddings)
-    return loaded.requires_grad_(False), torch.tensor([ids], device=place), options
+    tokens = torch.tensor([ids], device=place)
+    if phase == "prefill":
+        return loaded.requires_grad_(False), (tokens,), options
+    state = loaded.requires_grad_(False).new_state(1, len(ids))
+    loaded(tokens[:, :-1], state)
+    return loaded, (tokens[:, -1:], state), options
