@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
@@ -133,6 +133,10 @@ class Op:
     sizes_of: Callable[[Any], dict[str, Any]] | None = None
     known_fakes: dict[Any, Any] = field(default_factory=dict, repr=False)
     in_place: tuple[str, ...] = ()  # the arguments that `dsv4::<name>_` writes to, if there is such an op
+    signature: inspect.Signature = field(init=False, repr=False)  # of the meaning; Dynamo could not work it out
+
+    def __post_init__(self) -> None:
+        self.signature = inspect.signature(self.meaning)
 
     @property
     def target(self) -> Any:
@@ -154,11 +158,6 @@ class Op:
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         return dict(bound.arguments)
-
-    @cached_property
-    def signature(self) -> inspect.Signature:
-        """Of the meaning; to work it out takes longer than to run a small op."""
-        return inspect.signature(self.meaning)
 
     def claim(
         self, arguments: dict[str, Any], among: Any = DEVICES, if_worth: bool = False

@@ -89,6 +89,7 @@ RULES: tuple[Rule, ...] = (
     indexer.weighted,
     indexer.scaled_and_weighted,
     append.written,
+    append.copied,
     append.keys,
     compressor_append.overlap,
     compressor_append.plain,

@@ -4,7 +4,7 @@ import torch
 
 from dsv4_compile.lowerings.append import append, norm_rope_append
 from dsv4_compile.lowerings.rope import norm_rope
-from dsv4_compile.match import Match, Scalar, T, head, known, rule, shape, term
+from dsv4_compile.match import Made, Match, Scalar, T, head, known, rule, shape, term
 
 CACHE = dict(ring=T(5, 11, 19), slot=T(5, 7, dtype=torch.int64))
 
@@ -13,6 +13,24 @@ CACHE = dict(ring=T(5, 11, 19), slot=T(5, 7, dtype=torch.int64))
 def written(ring, slot, rows):
     batch = torch.arange(ring.shape[0], device=ring.device).unsqueeze(1)
     return ring.index_put((batch, slot), rows)
+
+
+def for_all_sequences(match: Match) -> bool:
+    """One list of slots, as Hugging Face's static caches have it."""
+    a = match.arguments
+    a["slot"] = Made(lambda slot, ring: slot.expand(ring.shape[0], -1), (a["slot"], a["ring"]))
+    return True
+
+
+@rule(
+    append,
+    name="fuse.append",
+    anchor="index_put",
+    example=dict(ring=T(5, 11, 19), slot=T(7, dtype=torch.int64), rows=T(5, 7, 19)),
+    check=for_all_sequences,
+)
+def copied(ring, slot, rows):
+    return ring.index_copy(1, slot, rows)
 
 
 def by_position(match: Match, index: str, rows: str, axis: int) -> None:

@@ -199,6 +199,29 @@ def test_one_write_of_rows_that_are_cast(T, dtype, rewritten):
     torch.testing.assert_close(mine, ring)
 
 
+WRITES = {  # of rows for all sequences at the same slots
+    "index_copy": lambda ring, slot, rows: ring.index_copy_(1, slot, rows),
+    "by index": lambda ring, slot, rows: ring.__setitem__((slice(None), slot), rows),
+    "by scattering": lambda ring, slot, rows: ring.scatter_(1, slot.view(1, -1, 1).expand(rows.shape), rows),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_static_caches_raise(name, rewritten):
+    """One list of slots for all rows of the batch."""
+
+    def f(ring, slot, x, weight, cos, sin):
+        WRITES[name](ring, slot, rope(rms_norm(x, weight, EPS), cos, sin))
+        return ring + 1
+
+    ring, slot, x, weight, _, cos, sin = prologue()
+    mine, args = ring.clone(), (slot[0], x, weight, cos, sin)
+    got, report = rewritten(f, mine, *args)
+    assert report.runs == {("norm_rope_append", "cpu"): 1}
+    torch.testing.assert_close(got, f(ring, *args))
+    torch.testing.assert_close(mine, ring)
+
+
 def accumulated(ring, slot, rows):
     return ring.index_put((torch.arange(2).unsqueeze(1), slot), rows, accumulate=True)
 

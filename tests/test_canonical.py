@@ -110,6 +110,11 @@ SAME = {  # two spellings, and their inputs
         lambda x, i: torch.take_along_dim(x, i.clamp(min=0).flatten(1).unsqueeze(-1), 1).unflatten(1, (3, 4)),
         (ROWS, LIST),
     ),
+    "rows written by scattering": (
+        lambda x, i: x.index_put((torch.arange(2).unsqueeze(1), i), x[:, :3] + 1),
+        lambda x, i: x.scatter(1, i.unsqueeze(-1).expand(-1, -1, 6), x[:, :3] + 1),
+        (ROWS, torch.rand(2, 7).argsort(-1)[:, :3]),
+    ),
     "rotation by complex numbers": (
         rotated,
         lambda x, a: torch.view_as_real(complex_pairs(x) * torch.polar(torch.ones_like(a), a)).flatten(-2),

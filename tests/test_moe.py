@@ -288,10 +288,29 @@ def test_differences_do_not_fuse(rewritten, name):
     assert name == "nothing" or any("fuse.moe" in m.rule and reason in str(m) for m in report.misses), report
 
 
-def many(x, expert, gate, w1, w3, w2, token=lambda order, k: order // k, back=lambda order: order.argsort()):
+def ends_of_sorted(chosen, order, X):
+    return torch.searchsorted(chosen[order], torch.arange(X), right=True)
+
+
+def ends_of_counts(chosen, order, X, first=0):
+    chosen = chosen + 1 if first else chosen
+    return torch.bincount(chosen, minlength=X + 1)[first : first + X].cumsum(0)
+
+
+def many(
+    x,
+    expert,
+    gate,
+    w1,
+    w3,
+    w2,
+    token=lambda order, k: order // k,
+    back=lambda order: order.argsort(),
+    ends=ends_of_sorted,
+):
     k, chosen = expert.shape[-1], expert.flatten()
     order = chosen.argsort(stable=True)
-    ends = torch.searchsorted(chosen[order], torch.arange(w1.shape[0]), right=True)
+    ends = ends(chosen, order, w1.shape[0])
     x_k = x[token(order, k)]
     h = swiglu(grouped_mm(x_k, w1, ends), grouped_mm(x_k, w3, ends))
     return (grouped_mm(h, w2, ends)[back(order)].view(-1, k, x.shape[-1]) * gate.unsqueeze(-1)).sum(1)
@@ -302,6 +321,16 @@ PLANTED_IN_MANY = {
     "tokens by remainder": (dict(token=lambda order, k: order % (order.shape[0] // k)), "aten.div"),
     "tokens of half as many choices": (dict(token=lambda order, k: order // (2 * k)), "[7, 2]"),
 }
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_counts_of_a_length_that_depends_on_data(rewritten, first):
+    """Those of the first numbers are the op's."""
+    args = case(N=7, k=2, X=4, dtype=torch.float32)[:6]
+    f = lambda *a: many(*a, ends=lambda *b: ends_of_counts(*b, first))  # noqa: E731
+    got, report = rewritten(f, *args)
+    close(got, f(*args), torch.float32)
+    assert report.counts["moe"] == (not first)
 
 
 @pytest.mark.parametrize("name", ["nothing", *PLANTED_IN_MANY])

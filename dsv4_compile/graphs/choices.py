@@ -70,15 +70,37 @@ def places(w: Writer, node: Node) -> Node | None:
 def whole_rows(w: Writer, node: Node) -> Node | None:
     """x[b, index[b, i], :] for one index a row."""
     x, dim, wide = args(node)
+    index = row_numbers(w, node, x, wide) if len(shape(x)) == 3 and dim % 3 == 1 else None
+    if index is None:
+        return None
+    return w.make(node, aten.index.Tensor, x, [counted(w, node, shape(x)[0], (shape(x)[0], 1)), index])
+
+
+@form(aten.scatter.src)
+def written_rows(w: Writer, node: Node) -> Node | None:
+    """Whole rows written at one index each."""
+    x, dim, wide, rows = args(node)
+    if len(shape(x)) != 3 or dim % 3 != 1 or not same_shape(shape(rows), shape(wide)):
+        return None
+    index = row_numbers(w, node, x, wide)
+    if index is None:
+        return None
+    return w.make(node, aten.index_put.default, x, [counted(w, node, shape(x)[0], (shape(x)[0], 1)), index], rows)
+
+
+def row_numbers(w: Writer, node: Node, x: Node, wide: Any) -> Node | None:
+    """The index [B, n] that all columns of x [B, S, C] share."""
     while is_call(wide, aten.clone.default):
         wide = wide.args[0]
-    if not is_call(wide, aten.expand.default) or len(shape(x)) != 3 or dim % 3 != 1:
+    if not is_call(wide, aten.expand.default):
         return None
     (B, _, C), one, (batch, count, columns) = shape(x), wide.args[0], shape(wide)
-    if not (known(batch == B) and known(columns == C) and same_shape(shape(one), (batch, count, 1))):
+    if not (known(batch == B) and known(columns == C) and len(shape(one)) == 3):
         return None
-    index = w.make(node, aten.view.default, one, [batch, count])
-    return w.make(node, aten.index.Tensor, x, [counted(w, node, B, (B, 1)), index])
+    if not (same_shape(shape(one)[1:], (count, 1)) and (known(shape(one)[0] == 1) or known(shape(one)[0] == batch))):
+        return None
+    index = w.make(node, aten.view.default, one, list(shape(one)[:2]))
+    return w.make(node, aten.expand.default, index, [batch, count])
 
 
 def counted(w: Writer, like: Node, n: Any, sizes: tuple[Any, ...]) -> Node:
@@ -170,6 +192,11 @@ def ends(w: Writer, node: Node) -> Node | None:
 def histogrammed(counts: Any) -> Node | None:
     """x of the numbers [n] of elements of x that are 0, 1 ... n - 1, if none is below."""
     source = strip(counts)
+    counted = source
+    if is_call(source, aten.slice.Tensor) and args(source)[2:3] in ((), (0,)) and args(source)[4:] in ((), (1,)):
+        counted = strip(args(source)[0])  # how many there are is known of a part only
+    if is_call(counted, aten.bincount.default):  # which refuses what is below
+        return args(counted)[0] if args(counted)[1:2] in ((), (None,)) else None
     if is_call(source, aten.scatter_add.default):
         zeros, _, x, ones = args(source)
         return x if number(zeros) == 0 and number(ones) == 1 and len(shape(x)) == 1 else None
