@@ -9,9 +9,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from dsv4_compile.accuracy.verify import Check
 from dsv4_compile.commands import cli, measure, run
+from dsv4_compile.commands.screen import Screen
 from dsv4_compile.commands.text import Bytes, Pieces, text_of
 from dsv4_compile.reference_model import DSV4, DSV4Config, nano, save
+from dsv4_compile.reporting.report import GraphReport, Report
 
 CONFIG = DSV4Config.nano().replace(
     hidden_size=32,
@@ -93,6 +96,13 @@ def test_report_holds_what_was_measured(done) -> None:
     assert report["max_logit_error"] < 1e-4 and report["choices_changed"] < 0.01
     compiled, eager = report["bits_per_byte"]["compiled"], report["bits_per_byte"]["eager"]
     assert compiled == pytest.approx(eager, abs=1e-4) and 7 < eager < 12  # untrained: about log2(260)
+
+
+def test_what_verify_found_is_told(monkeypatch, capsys) -> None:
+    checks = [Check("a", "rule", "op", "here", "layer"), Check("b", "rule", "op", "here", "layer", reason="wrong")]
+    monkeypatch.setattr(run, "reports", lambda: [Report([GraphReport(checks=checks)])])
+    run.Job(run.Ask(), Screen(), 0.0).tell_checks("decode")
+    assert "verify, decode: 2 rewrites tried, 1 left out as wrong" in capsys.readouterr().err
 
 
 # What is measured

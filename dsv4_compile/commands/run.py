@@ -143,6 +143,7 @@ class Job:
         else:
             with self.screen.step("compiling decode"):
                 self.first_call(lambda: self.step(self.model, loop))
+            self.tell_checks("decode")
             self.mark.set()
         graphs = graphs_compiled()
         self.screen.write(self.ask.prompt + text)
@@ -181,7 +182,15 @@ class Job:
         with self.screen.step("compiling prefill, to run op by op"):
             logits = self.first_call(lambda: self.runner.prefill(self.prefill, self.prompt, state)[-1])
         self.counts = dict(reports()[-1].counts)
+        self.tell_checks("prefill")
         return logits
+
+    def tell_checks(self, phase: str) -> None:
+        """What `verify` says of the graphs compiled last, if it was asked for."""
+        report = reports()[-1]
+        if report.checks:
+            found = f"{len(report.checks)} rewrites tried, {len(report.mismatches)} left out as wrong"
+            self.screen.note(f"verify, {phase}: {found}")
 
     def first_call(self, work: Callable[[], Any]) -> Any:
         """The result of a call that compiles; its time counts as compile time."""
