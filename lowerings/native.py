@@ -235,7 +235,9 @@ def described(weight: Tensor, scale: Tensor | None, scale_2: Tensor | None) -> c
     given = [x for x in (weight, scale, scale_2) if x is not None]
     if format is None or not all(x.is_contiguous() for x in given) or (scale is not None and scale.numel() != scales):
         return None
-    if (scale_2 is not None) != (format == 4) or (scale_2 is not None and scale_2.numel() != count):
+    if (scale_2 is not None) != (format == 4):
+        return None
+    if scale_2 is not None and (scale_2.numel() != count or scale_2.dtype != torch.float32):
         return None
     s, t = (0 if x is None else x.data_ptr() for x in (scale, scale_2))
     return (ctypes.c_int64 * 6)(format, weight.data_ptr(), s, t, N, K)

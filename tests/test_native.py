@@ -102,3 +102,9 @@ def test_an_expert_that_does_not_exist_is_an_error(expert):
     chosen[1, 1] = expert
     with pytest.raises(IndexError):
         moe(x, chosen, *rest)
+
+
+def test_a_second_scale_in_double_precision_is_not_read_as_floats():
+    codes, scale, scale_2 = quantize(torch.randn(32, 64), "nvfp4")
+    want = dequantize.meaning(codes, scale, scale_2)
+    torch.testing.assert_close(dequantize(codes, scale, scale_2.double()).float(), want, rtol=1e-5, atol=1e-6)

@@ -98,9 +98,10 @@ def given(format, M, N, K, dtype, seed):
 @pytest.mark.parametrize("format", ["bf16", "fp8", "mxfp4", "nvfp4"])
 @pytest.mark.parametrize(("M", "N", "K"), [(1, 4096, 2048), (1, 17, 64), (3, 200, 1056), (4, 33, 512)])
 def test_the_kernel_is_the_meaning(M, N, K, format, dtype, kernel_parity):
-    tolerance = 1e-2 if dtype == torch.bfloat16 else 2e-5
+    # the product is rounded before the sum, which may cancel
+    rtol, atol = (1e-2, 6e-2) if dtype == torch.bfloat16 else (2e-5, 2e-5)
     args, others = (given(format, M, N, K, dtype, seed) for seed in (0, 1))
-    kernel_parity(shared_expert, *args, others=others, rtol=tolerance, atol=tolerance)
+    kernel_parity(shared_expert, *args, others=others, rtol=rtol, atol=atol)
 
 
 @pytest.mark.gpu
