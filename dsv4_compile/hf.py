@@ -126,11 +126,11 @@ class StaticCache:
 
 
 class SWALayer:
-    """keys [B, 1, W, d]: a ring, position p in slot p mod W. `length` is the cache's, this call's tokens included."""
+    """keys [B, W, d]: a ring, position p in slot p mod W. `length` is the cache's, this call's tokens included."""
 
     def __init__(self, attention: Any, length: Tensor, batch: int, max_len: int):
         self.length, self.batch, self.device, self.decoding = length, batch, length.device, False
-        self.keys = self.zeros(1, attention.sliding_window, attention.head_dim, dtype=attention.kv_proj.weight.dtype)
+        self.keys = self.zeros(attention.sliding_window, attention.head_dim, dtype=attention.kv_proj.weight.dtype)
 
     def zeros(self, *sizes: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(self.batch, *sizes, dtype=dtype, device=self.device)
@@ -143,15 +143,14 @@ class SWALayer:
             tensor.zero_()
 
     def see(self, keys: Tensor) -> Tensor:
-        T, W = keys.shape[2], self.keys.shape[2]
+        """keys [B, 1, T, d] of a call -> the rows that its queries may see, with an axis for the head too."""
+        T, W = keys.shape[2], self.keys.shape[1]
+        rows, first = keys.squeeze(1).to(self.keys.dtype), max(0, T - W)
         self.decoding = T == 1
         if self.decoding:
-            self.keys.index_copy_(2, (self.length - 1) % W, keys.to(self.keys.dtype))
-            return self.keys
-        kept = min(T, W)
-        self.keys.index_copy_(
-            2, torch.arange(T - kept, T, device=self.device) % W, keys[:, :, -kept:].to(self.keys.dtype)
-        )
+            self.keys.index_copy_(1, (self.length - 1) % W, rows)
+            return self.keys.unsqueeze(1)
+        self.keys.index_copy_(1, torch.arange(first, T, device=self.device) % W, rows[:, first:])
         return keys
 
 

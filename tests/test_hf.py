@@ -135,6 +135,7 @@ def test_decode_is_one_graph_with_every_site():
     assert len(reports) == 1 and memory == [t.data_ptr() for t in cache.tensors()]
     assert all_found(reports[0], model)
     assert "attention" in ran(reports[0]) and "dense_attention" not in ran(reports[0])
+    assert reports[0].counts["keys"] == model.config.num_hidden_layers
 
 
 # The static cache
