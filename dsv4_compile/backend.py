@@ -120,6 +120,10 @@ def compile_graph(
     patches: dict[str, Any] = {} if graphs is None else {"triton.cudagraphs": graphs}
     if eager or config.explain or config.diff:
         patches["force_disable_caches"] = True
+    if any(isinstance(x, torch.Tensor) and x.device.type == "meta" for x in inputs):
+        patches["joint_graph_constant_folding"] = (
+            False  # it puts outputs that the graph reads itself behind their readers
+        )
     file = None if "force_disable_caches" in patches else stored.place(gm, inputs, config)
     if not report.skipped:
         patches["joint_custom_pre_pass"] = manager

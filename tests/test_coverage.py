@@ -39,6 +39,16 @@ def test_every_site_is_found_at_full_size(name, phase):
     assert report.sites["moe"] == layers and report.sites["mhc_boundary"] == 2 * layers and report.sites["head"] == 1
 
 
+def test_an_output_on_the_meta_device_may_be_read_by_the_graph():
+    """As what lies between layers does; Inductor itself loses the order then."""
+
+    def f(x):
+        y = torch.softmax(x, -1)
+        return y, y.sin()
+
+    assert dsv4_compile.explain(f, torch.empty(3, 8, device="meta")).rules["raise.softmax"] == 1
+
+
 def test_every_site_of_mtp_is_found():
     """Counted by explain from the configuration, and by the backend from the modules that the graph went through."""
     fields = dict(num_hidden_layers=1, layer_types=("sliding_attention",), mlp_layer_types=("moe",))
