@@ -66,7 +66,7 @@ def at(x: Tensor | None, index: Tensor) -> Tensor | None:
 
 @moe.cost
 def _(N, k, X, D, I, hit, bits):
-    """hit: how many different experts are chosen, min(N k, X) at most; bits of a weight, its share of the scales included."""
+    """hit: how many different experts are chosen; bits of a weight, its share of the scales included."""
     return Cost(flops=6 * N * k * D * I, read=hit * 3 * D * I * bits / 8 + 2 * N * D + 12 * N * k, write=4 * N * D)
 
 
@@ -74,7 +74,8 @@ def _(N, k, X, D, I, hit, bits):
 def _(a):
     (N, D), k, (X, I) = a.x.shape, a.expert.shape[-1], a.w1.shape[:2]
     stored = sum(t.numel() * t.dtype.itemsize for t in (a.w1, a.s1, a.t1) if t is not None)
-    return dict(N=N, k=k, X=X, D=D, I=I, hit=min(hinted(N) * k, X), bits=8 * stored / (X * I * D))
+    hit = X * (1 - (1 - min(k, X) / X) ** hinted(N))  # on average, if all are as likely
+    return dict(N=N, k=k, X=X, D=D, I=I, hit=hit, bits=8 * stored / (X * I * D))
 
 
 # GPU, few tokens: each choice's matrices are streamed once.
