@@ -1,10 +1,13 @@
 """Products of stored weights by e4m3 tensor cores (Hopper): nothing of FP8 is decoded, and four bits take half the work that
 bf16 asks for.
 
-A bf16 number is four digits to the base 32 of a fixed point that 128 columns of a vector share: whole numbers of at most 16,
-which e4m3 holds. The digits are columns of the right operand of wgmma.m64n8k32, so that one or two vectors fill the eight that
-there are at least. Sums of 32 products of such a digit with e2m1 are exact; of e4m3, as good as the 14 bits that the unit
-keeps, which are added up in fp32 every 128 columns. A digit's weight and the point are a factor of these sums.
+A bf16 number is the sum of two e4m3, as the first leaves at most four bits of its eight; 128 columns of a vector share a point,
+which their largest number sets, and what lies more than 2^13 below that loses bits. The parts are columns of the right operand
+of wgmma.m64n8k32, so that up to four vectors fill the eight that there are at least. Products are added up as well as the 14
+bits allow that the unit keeps, and these sums in fp32 every 128 columns.
+
+A single vector leaves room for more: of four-bit weights, each thread of a quad has columns of the right operand of its own,
+where the vector is zero but for the 32 columns of that thread. It gets their sum alone, and multiplies it by a scale once.
 """
 
 import cutlass
@@ -16,25 +19,31 @@ from cutlass._mlir.dialects import llvm
 from dsv4_compile.kernels import stored
 from dsv4_compile.kernels.stored import as_float, assembled
 
-DIGITS = 4
+PARTS = 2  # of a number
+SECOND = 2.0**-5  # what the second part is a multiple of
 POINT = 128  # columns that share one
 BACK = {"fp8": 1.0, "mxfp4": 2.0**6, "nvfp4": 2.0**6}  # what weights must be multiplied by
 STEP = 32  # columns of one instruction
 AT_ONCE = 32  # fp32 numbers that instructions on their way write, of a thread
 
 
+def spread(format: str, M: int) -> bool:
+    """Whether threads of a quad have columns of their own."""
+    return M == 1 and stored.BITS[format] == 4
+
+
 def eights(format: str, M: int) -> int:
     """Columns of the right operand, by eight; NVFP4 has one for either half of 32, each with a scale of its own."""
-    return M if format == "nvfp4" else -(-M * DIGITS // 8)
+    return -(-M * PARTS * (2 if format == "nvfp4" else 1) // 8)
 
 
 def step_bytes(format: str, M: int) -> int:
-    """Digits of 32 columns. The 16 bytes between them keep threads that write neighbours off each other's banks."""
+    """Parts of 32 columns. The 16 bytes between them keep threads that write neighbours off each other's banks."""
     return 256 * eights(format, M) + 16
 
 
 def vector_bytes(format: str, M: int, columns: int) -> int:
-    return columns // STEP * step_bytes(format, M) + columns // POINT * eights(format, M) * 8 * 4
+    return columns // STEP * step_bytes(format, M) + columns // POINT * eights(format, M) * 4 * 4
 
 
 def e2m1(word):
@@ -44,22 +53,18 @@ def e2m1(word):
 
 
 def split(values):
-    """Four numbers below 2^19 -> for each digit, the word that holds those of all four."""
-    lines = ["{ .reg .f32 t, d<4>, x<4>; .reg .b16 h<2>;"]
-    lines += [f"mov.f32 x{i}, ${DIGITS + i};" for i in range(4)]
-    for p in range(DIGITS):
-        bits = 5 * (DIGITS - 1 - p)
-        unit, minus = (f"0f{(127 - bits) << 23:08X}", f"0f{((127 + bits) << 23) | 1 << 31:08X}")
-        for i in range(4):  # 1.5 2^23 rounds to whole numbers
-            lines.append(f"fma.rn.f32 t, x{i}, {unit}, 0f4B400000; sub.rn.f32 d{i}, t, 0f4B400000;")
-            if bits:
-                lines.append(f"fma.rn.f32 x{i}, d{i}, {minus}, x{i};")
-        for h in range(2):
-            lines.append(f"cvt.rn.satfinite.e4m3x2.f32 h{h}, d{2 * h + 1}, d{2 * h};")
-        lines.append(f"mov.b32 ${p}, {{h0, h1}};")
-    out = assembled("!llvm.struct<(i32, i32, i32, i32)>", " ".join(lines) + " }", "=r,=r,=r,=r,f,f,f,f", *values)
+    """Four numbers below 2^8 -> the word of their first parts, and that of the second ones."""
+    text = (
+        "{ .reg .b32 x<2>, y<2>, by; .reg .b16 h<2>; mov.b32 by, 0x50005000; "  # 32
+        "cvt.rn.f16x2.f32 x0, $3, $2; cvt.rn.f16x2.f32 x1, $5, $4; "
+        "cvt.rn.satfinite.e4m3x2.f16x2 h0, x0; cvt.rn.satfinite.e4m3x2.f16x2 h1, x1; mov.b32 $0, {h0, h1}; "
+        "cvt.rn.f16x2.e4m3x2 y0, h0; cvt.rn.f16x2.e4m3x2 y1, h1; "
+        "sub.rn.f16x2 x0, x0, y0; sub.rn.f16x2 x1, x1, y1; mul.rn.f16x2 x0, x0, by; mul.rn.f16x2 x1, x1, by; "
+        "cvt.rn.satfinite.e4m3x2.f16x2 h0, x0; cvt.rn.satfinite.e4m3x2.f16x2 h1, x1; mov.b32 $1, {h0, h1}; }"
+    )
+    out = assembled("!llvm.struct<(i32, i32)>", text, "=&r,=&r,f,f,f,f", *values)
     i32 = ir.IntegerType.get_signless(32)
-    return [Int32(llvm.extractvalue(i32, out, [p])) for p in range(DIGITS)]
+    return [Int32(llvm.extractvalue(i32, out, [p])) for p in range(PARTS)]
 
 
 def larger(a, b):
@@ -69,7 +74,7 @@ def larger(a, b):
 
 def products(chains, wide: int, descriptor, stride: int):
     """For each chain of (left operand: four words, which 32 columns): the sum of its products, 4 `wide` numbers of a thread.
-    descriptor: lower word of that of the digits of the first columns; it grows by `stride` for each 32."""
+    descriptor: lower word of that of the parts of the first columns; it grows by `stride` for each 32."""
     count, outs, lines, operands = 4 * wide, 4 * wide * len(chains), [], []
     lines += [
         "{ .reg .pred no, yes; .reg .b32 l, h; .reg .b64 b; mov.b32 h, 8;"
@@ -106,16 +111,19 @@ class Digits:
         """Before anything runs."""
         self.wide = eights(self.format.name, self.M)
         self.stride = step_bytes(self.format.name, self.M)
-        self.halves = self.format.name == "nvfp4"
-        self.sums = (2 if self.halves else 4) * self.wide
+        self.spread = spread(self.format.name, self.M)
+        self.in_turn = stored.BITS[self.format.name] == 4 and not self.spread
+        self.halves = self.format.name == "nvfp4" and not self.spread
+        self.sums = 2 * self.wide
         self.back = BACK[self.format.name]
-        self.per_point = (self.M * DIGITS) if self.halves else self.wide * 8
+        self.per_eight = 1 if self.spread else 2 if self.halves else 4  # vectors
+        self.per_point = self.per_eight * self.wide
 
     def allocate_vectors(self, smem):
         steps = self.segments * self.columns // STEP
-        self.digits = smem.allocate_tensor(Int32, cute.make_layout((steps * self.stride // 4,)), 128)
+        self.parts = smem.allocate_tensor(Int32, cute.make_layout((steps * self.stride // 4,)), 128)
         self.points = smem.allocate_tensor(
-            Float32, cute.make_layout((self.segments * self.columns // POINT * self.wide * 8,)), 16
+            Float32, cute.make_layout((self.segments * self.columns // POINT * self.per_point,)), 16
         )
 
     @cute.jit
@@ -141,41 +149,56 @@ class Digits:
                 for b in cutlass.range_constexpr(4):
                     top = larger(top, cute.arch.shuffle_sync_bfly(top, 1 << b))
                 exponent = cutlass.max((top & 0xFFFF) >> 7, top >> 23)
-                kept = cutlass.max(exponent, Int32(20))  # what is below 2^-107 loses digits
-                by = as_float((272 - kept) << 23)  # the largest becomes less than 2^19
+                kept = cutlass.max(exponent, Int32(20))  # what is below 2^-107 loses bits
+                by = as_float((261 - kept) << 23)  # the largest becomes less than 2^8
+                by = stored.pair(by, by)
                 # not finite: the vector's results are NaN
-                point = as_float(Int32(0x7FC00000) if exponent == 255 else (kept - 3) << 23)
+                point = as_float(Int32(0x7FC00000) if exponent == 255 else (kept - 7) << 23)
                 if const_expr(factor is not None):
                     point = point * factor[segment]
-                values = [v * by for j in range(4) for v in stored.unpaired(held[j, m])]
+                values = [v for j in range(4) for v in stored.unpaired(stored.times(held[j, m], by))]
                 if run < count:
                     if place % 16 == 0:
-                        base = run // 16 * self.per_point + m * DIGITS
-                        for p in cutlass.range_constexpr(DIGITS):
-                            points[base + p] = point * Float32(2.0 ** (-5 * p))
-                    self.put_digits(values, m, run)
+                        points[run // 16 * self.per_point + m] = point
+                    self.put_parts(values, m, run)
         cute.arch.fence_proxy("async.shared", space="cta")
 
-    def put_digits(self, values, m: int, run):
-        """The digits of eight columns."""
+    def put_parts(self, values, m: int, run):
+        """The parts of eight columns."""
         if self.format.name == "fp8":  # a thread multiplies 16 columns in a row, in two steps
             step, word = run // 8 * 2 + run % 2, run % 8 // 2
             pieces = [values[:4], values[4:]]
         else:
             step, word = run // 4, run % 4
             pieces = [values[0::2], values[1::2]]
-        at = self.digits.iterator.toint() + step * self.stride + word * 4
+        if self.spread:
+            self.put_spread(pieces, run)
+            return
+        at = self.parts.iterator.toint() + step * self.stride + word * 4
         for k, piece in enumerate(pieces):
-            for p, digits in enumerate(split(piece)):
+            for p, word_of in enumerate(split(piece)):
                 if self.halves:
-                    n = 8 * m + 2 * p
+                    n = 4 * m + 2 * p
                     upper = Int32(0) - word // 2  # all bits, or none
                     target = at + (k * self.wide + n // 8) * 128 + n % 8 * 16
-                    stored.put_word(target, digits & (upper ^ -1))
-                    stored.put_word(target + 16, digits & upper)
+                    stored.put_word(target, word_of & (upper ^ -1))
+                    stored.put_word(target + 16, word_of & upper)
                 else:
-                    n = DIGITS * m + p
-                    stored.put_word(at + (k * self.wide + n // 8) * 128 + n % 8 * 16, digits)
+                    n = PARTS * m + p
+                    stored.put_word(at + (k * self.wide + n // 8) * 128 + n % 8 * 16, word_of)
+
+    @cute.jit
+    def put_spread(self, pieces, run):
+        """Of the only vector: a thread of the quad multiplies 32 columns in a row, in four steps. Zeros for its fellows."""
+        block, thread = run // 16, run // 4 % 4
+        step = block * 4 + run % 4
+        at = (step * self.stride + thread * (PARTS * 16)) // 16
+        for k, piece in enumerate(pieces):
+            for p, word_of in enumerate(split(piece)):
+                words = cute.make_rmem_tensor((4,), Int32)
+                for i in cutlass.range_constexpr(4):
+                    words[i] = word_of if thread == i else Int32(0)
+                cute.autovec_copy(words, cute.zipped_divide(self.parts, (4,))[None, at + k * 8 + p])
 
     @cute.jit
     def consume(self, sums, slot, segment, step):
@@ -183,7 +206,7 @@ class Digits:
         begin = (self.warp * self.stages + slot) * (self.weight_words + self.scale_words)
         first = (step * self.teams + self.team) * self.blocks  # block of the segment
         unit = segment * (self.columns // STEP) + first * (self.format.block // STEP)
-        at = (self.digits.iterator.toint() & 0x3FFFF) // 16  # in a cluster, the upper bits name the block
+        at = (self.parts.iterator.toint() & 0x3FFFF) // 16  # in a cluster, the upper bits name the block
         at = at + unit * (self.stride // 16)
         descriptor = at | Int32(self.wide * 8 << 16)  # bytes by 16 from 16 columns to the next 16
         per_point = POINT // self.format.block
@@ -191,6 +214,9 @@ class Digits:
             point = (segment * (self.columns // POINT) + first // per_point + j) * self.per_point
             if const_expr(self.format.name == "fp8"):
                 self.consume_bytes(sums, begin, j, descriptor, point)
+            elif const_expr(self.spread):
+                if const_expr(j % 2 == 0):
+                    self.consume_spread(sums, begin, j, min(2, self.blocks - j), descriptor, point)
             else:
                 self.consume_halves(sums, begin, j, descriptor, point)
 
@@ -199,22 +225,56 @@ class Digits:
         """FP8, 128 columns: two blocks."""
         chain = []
         for b in cutlass.range_constexpr(2):
-            words = cute.make_rmem_tensor((4, 2), Int32)
-            for r in cutlass.range_constexpr(2):
-                place = begin + (((j * 2 + b) * 2 + r) * stored.LANES + self.lane) * 4
-                part = cute.make_rmem_tensor((4,), Int32)
-                cute.autovec_copy(cute.zipped_divide(self.ring, (4,))[None, place // 4], part)
-                for i in cutlass.range_constexpr(4):
-                    words[i, r] = part[i]
+            words = self.two_rows(begin, 2 * j + b)
             for u in cutlass.range_constexpr(2):
-                left = [words[2 * u + i, r] for i in range(2) for r in range(2)]
+                left = [words[r][2 * u + i] for i in range(2) for r in range(2)]
                 chain.append((left, 4 * j + 2 * b + u))
         (part,) = products([chain], self.wide, descriptor, self.stride // 16)
         scales = [self.scale_of(begin, 2 * j, r)[0] for r in range(2)]
         for n in cutlass.range_constexpr(self.wide):
-            points = self.two_points(point, n)
+            here = self.point_of(point, n)
+            for r in cutlass.range_constexpr(2):
+                whole = part[4 * n + 2 * r] + part[4 * n + 2 * r + 1] * Float32(SECOND)
+                sums[2 * n + r] = sums[2 * n + r] + whole * (scales[r] * here)
+
+    def two_rows(self, begin, j: int):
+        """A thread's words of rows g and g + 8 in a block."""
+        rows = [cute.make_rmem_tensor((4,), Int32) for _ in range(2)]
+        for r, part in enumerate(rows):
+            place = begin // 4 + (j * 2 + r) * stored.LANES + self.lane
+            cute.autovec_copy(cute.zipped_divide(self.ring, (4,))[None, place], part)
+        return rows
+
+    @cute.jit
+    def consume_spread(self, sums, begin, first: int, count: int, descriptor, point):
+        """Four bits and one vector, `count` times 128 columns."""
+        chains, nvfp4 = [], const_expr(self.format.name == "nvfp4")
+        for j in cutlass.range_constexpr(first, first + count):
+            rows, chain = self.two_rows(begin, j), []
             for i in cutlass.range_constexpr(4):
-                sums[4 * n + i] = sums[4 * n + i] + part[4 * n + i] * (scales[i // 2] * points[i % 2])
+                a, b = e2m1(rows[0][i]), e2m1(rows[1][i])
+                chain.append(([a[0], b[0], a[1], b[1]], 4 * j + i))
+            chains += [chain[:2], chain[2:]] if nvfp4 else [chain]
+        parts = products(chains, 1, descriptor, self.stride // 16)
+        for k in cutlass.range_constexpr(count):
+            here = self.points[point + k]
+            for r in cutlass.range_constexpr(2):
+                factors = self.own_scales(self.scale_of(begin, first + k, r))
+                whole = [a[2 * r] + a[2 * r + 1] * Float32(SECOND) for a in parts[: len(factors)]]
+                whole = [w * f for w, f in zip(whole, factors, strict=True)]
+                total = whole[0] + whole[1] if const_expr(nvfp4) else whole[0]
+                sums[r] = sums[r] + total * here
+            parts = parts[len(factors) :]
+
+    def own_scales(self, words):
+        """Those of the thread's 32 columns in a row's block: one, or two of 16."""
+        if self.format.name == "nvfp4":
+            place = 2 * self.t
+            text = "prmt.b32 $0, $1, $2, $3;"
+            both = assembled("i32", text, "=r,r,r,r", words[0], words[1], Int32(place | (place + 1) << 4))
+            return stored.e4m3_scales(Int32(both), 0)
+        shift = Int32(23) - 8 * self.t  # the last byte goes round
+        return [stored.e8m0(assembled("i32", "shf.l.wrap.b32 $0, $1, $1, $2;", "=r,r,r", words[0], shift), None)]
 
     @cute.jit
     def consume_halves(self, sums, begin, j: int, descriptor, point):
@@ -241,23 +301,16 @@ class Digits:
                 else:
                     factors = [stored.e8m0(scales[r][0], c) for r in range(2)]
                     for i in cutlass.range_constexpr(self.sums):
-                        inner[i] = inner[i] + parts[k][i] * factors[i // 2 % 2]
+                        whole = parts[k][2 * i] + parts[k][2 * i + 1] * Float32(SECOND)
+                        inner[i] = inner[i] + whole * factors[i % 2]
         for n in cutlass.range_constexpr(self.wide):
-            if const_expr(self.halves):
-                point_here = self.points[point + n * DIGITS + self.t]
-                for r in cutlass.range_constexpr(2):
-                    sums[2 * n + r] = sums[2 * n + r] + inner[2 * n + r] * point_here
-            else:
-                points = self.two_points(point, n)
-                for i in cutlass.range_constexpr(4):
-                    sums[4 * n + i] = sums[4 * n + i] + inner[4 * n + i] * points[i % 2]
+            here = self.point_of(point, n)
+            for r in cutlass.range_constexpr(2):
+                sums[2 * n + r] = sums[2 * n + r] + inner[2 * n + r] * here
 
-    def two_points(self, point, n: int):
-        """The factors of a thread's two columns of the n-th eight."""
-        part = cute.make_rmem_tensor((2,), Float32)
-        index = (point + 8 * n) // 2 + self.t
-        cute.autovec_copy(cute.zipped_divide(self.points, (2,))[None, index], part)
-        return part[0], part[1]
+    def point_of(self, point, n: int):
+        """The factor of the vector that a thread's two columns of the n-th eight belong to."""
+        return self.points[point + self.per_eight * n + (self.t // 2 if self.halves else self.t)]
 
     def start(self, sums):
         """Before the first product of a tile."""
@@ -273,15 +326,15 @@ class Digits:
         partial = self.partial
         for n in cutlass.range_constexpr(self.wide):
             for r in cutlass.range_constexpr(2):
-                if const_expr(self.halves):
-                    total, m = sums[2 * n + r], Int32(n)
+                total, m = sums[2 * n + r], 4 * n + self.t
+                if const_expr(self.spread):
                     total = total + cute.arch.shuffle_sync_bfly(total, 1)
                     total = total + cute.arch.shuffle_sync_bfly(total, 2)
-                    if self.t == 0:
-                        partial[base + m * self.rows_of_tile + self.g + 8 * r] = total
-                else:
-                    total, m = sums[4 * n + 2 * r] + sums[4 * n + 2 * r + 1], 2 * n + self.t // 2
+                writes = m < self.M
+                if const_expr(self.halves):  # a thread has both halves of 32 columns, the next one the second parts
+                    m = 2 * n + self.t // 2
+                    total = total * Float32(SECOND) if self.t % 2 == 1 else total
                     total = total + cute.arch.shuffle_sync_bfly(total, 1)
-                    if self.t % 2 == 0:
-                        if m < self.M:
-                            partial[base + m * self.rows_of_tile + self.g + 8 * r] = total
+                    writes = m < self.M and self.t % 2 == 0
+                if writes:
+                    partial[base + m * self.rows_of_tile + self.g + 8 * r] = total

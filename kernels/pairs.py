@@ -20,6 +20,7 @@ class Pairs:
         """Before anything runs."""
         self.parts = stored.PARTS[self.work.dtype]
         self.sums = 4
+        self.in_turn = stored.BITS[self.format.name] == 4
         self.back = self.format.lift**-1 / self.format.unit
 
     def allocate_vectors(self, smem):

@@ -158,9 +158,10 @@ def e4m3_scales(word, place: int):
     return [Float32(llvm.extractvalue(f32, out, [i])) for i in range(2)]
 
 
-def e8m0(word, place: int):
-    """2^(byte - 127) of byte `place`, as fp32. The last bit of the mantissa is set, so that 255 is NaN; 0 counts as none."""
-    shifted = word << (23 - 8 * place) if place < 3 else word >> 1
+def e8m0(word, place: int | None):
+    """2^(byte - 127) of byte `place`, as fp32; None: it is where an exponent is. The last bit of the mantissa is set, so that
+    255 is NaN; 0 counts as none."""
+    shifted = word if place is None else word << (23 - 8 * place) if place < 3 else word >> 1
     exponent = "lop3.b32 $0, $1, 0x7F800000, 1, 0xEA;"  # and, or
     return as_float(Int32(assembled("i32", exponent, "=r,r", Int32(shifted))))
 
