@@ -9,14 +9,12 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, const_expr
 
 from dsv4_compile.kernel import Kernel, fake
 from dsv4_compile.kernel import stream as current
 from dsv4_compile.kernels import stored
 from dsv4_compile.kernels.stream import DTYPES, ROWS, Config, Stream, Work, configs_of, kind
-
-AHEAD = 1024  # bytes of a row
 
 
 @dataclass(frozen=True)
@@ -68,12 +66,10 @@ class Linear(Stream):
 
     @cute.jit
     def fetch_ahead(self, thread):
-        """The first rows into L2, which sees what the launch before may still write."""
+        """The first rows."""
         row = self.first * self.rows_of_tile + thread
         if thread < self.rows_of_tile and row < self.R:
-            bytes_ = self.format.row_bytes(self.part)
-            at = self.weight_at + Int64(self.group * self.R + row) * self.row_bytes + self.rank * bytes_
-            stored.fetch_to_l2(at, Int32(min(bytes_, AHEAD)))
+            self.fetch_row(self.weight_at, self.group * self.R + row)
 
     @cute.kernel
     def kernel(self, x, weight, scale, scale_2, y, early):
@@ -85,12 +81,7 @@ class Linear(Stream):
         if const_expr(scale is not None):
             self.scale_at = scale.iterator.toint()
         self.begin(thread, block)
-        if const_expr(self.overlaps):
-            if early == 0:
-                self.fetch_ahead(thread)
-                cute.arch.griddepcontrol_wait()
-        self.fill()
-        self.follow()
+        self.enter(thread, early)
         self.stage_vectors(x[group, None, None], None, thread)
         self.by = Float32(self.back)
         if const_expr(scale_2 is not None):

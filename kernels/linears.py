@@ -10,12 +10,12 @@ from itertools import accumulate
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, const_expr
 
 from dsv4_compile.kernel import Kernel, fake
 from dsv4_compile.kernel import stream as current
 from dsv4_compile.kernels import stored
-from dsv4_compile.kernels.gemv import AHEAD, scale_argument
+from dsv4_compile.kernels.gemv import scale_argument
 from dsv4_compile.kernels.stored import LANES
 from dsv4_compile.kernels.stream import DTYPES, ROWS, Config, Stream, Work, configs_of, kind, loaded
 
@@ -88,13 +88,12 @@ class Linears(Stream):
 
     @cute.jit
     def fetch_ahead(self, thread):
-        """See `gemv.Linear.fetch_ahead`."""
-        at, size = self.first * self.rows_of_tile + thread, self.format.row_bytes(self.part)
+        """The first rows."""
+        at = self.first * self.rows_of_tile + thread
         for i in cutlass.range_constexpr(len(self.sizes)):
             local = at - self.starts[i]
             if thread < self.rows_of_tile and local >= 0 and local < self.sizes[i]:
-                begin = self.weights[i] + Int64(local) * self.row_bytes + self.rank * size
-                stored.fetch_to_l2(begin, Int32(min(size, AHEAD)))
+                self.fetch_row(self.weights[i], local)
 
     @cute.jit
     def measure(self, x, eps):
@@ -130,12 +129,7 @@ class Linears(Stream):
         if const_expr(scales is not None):
             self.scales_at = [s.iterator.toint() for s in scales]
         self.begin(thread, block)
-        if const_expr(self.overlaps):
-            if early == 0:
-                self.fetch_ahead(thread)
-                cute.arch.griddepcontrol_wait()
-        self.fill()
-        self.follow()
+        self.enter(thread, early)
         self.norm_weight, self.inverse = norm, None
         if const_expr(self.norm is not None):
             self.inverse = self.measure(x, eps)

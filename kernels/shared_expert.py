@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import Float32, Int32, const_expr
 
 from dsv4_compile.kernel import Kernel, fake
 from dsv4_compile.kernel import stream as current
 from dsv4_compile.kernels import stored
-from dsv4_compile.kernels.gemv import AHEAD, scale_argument
+from dsv4_compile.kernels.gemv import scale_argument
 from dsv4_compile.kernels.stream import DTYPES, ROWS, Config, Stream, Work, configs_of, kind, loaded
 
 
@@ -87,11 +87,10 @@ class SharedExpert(Stream):
 
     @cute.jit
     def fetch_ahead(self, thread):
-        """See `gemv.Linear.fetch_ahead`."""
-        row, size = self.first * self.rows_of_tile + thread, self.format.row_bytes(self.part)
+        """The first rows."""
+        row = self.first * self.rows_of_tile + thread
         if thread < self.rows_of_tile and row < self.R:
-            begin = self.weight_at + Int64(row) * self.row_bytes + self.rank * size
-            stored.fetch_to_l2(begin, Int32(min(size, AHEAD)))
+            self.fetch_row(self.weight_at, row)
 
     @cute.kernel
     def kernel(self, gate, up, limit, weight, scale, scale_2, routed, y, early):
@@ -103,12 +102,7 @@ class SharedExpert(Stream):
         if const_expr(scale is not None):
             self.scale_at = scale.iterator.toint()
         self.begin(thread, block)
-        if const_expr(self.overlaps):
-            if early == 0:
-                self.fetch_ahead(thread)
-                cute.arch.griddepcontrol_wait()
-        self.fill()
-        self.follow()
+        self.enter(thread, early)
         self.stage_vectors((gate, up), None, thread)
         self.by = Float32(self.back)
         if const_expr(scale_2 is not None):

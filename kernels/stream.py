@@ -19,6 +19,7 @@ from dsv4_compile.kernels.stored import LANES
 
 ROWS = 16  # of a warp
 TEAM = 4  # warps whose rows one instruction of `digits` takes
+AHEAD = 1024  # bytes of a row that go to L2 first
 SMS = 132  # processors that the cost model reckons with
 SHARED = 227 << 10  # bytes of a block at most
 DTYPES = {"bf16": BFloat16, "fp32": Float32}
@@ -240,6 +241,22 @@ class Stream:
         if self.overlaps:
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()
+
+    @cute.jit
+    def enter(self, thread, early):
+        """Fill the rings: at once, where no launch that may still run writes what is read (`early`), else behind the launch
+        before, while the first rows go to L2, which sees what that one writes. Then wait for it in any case."""
+        if const_expr(self.overlaps):
+            if early == 0:
+                self.fetch_ahead(thread)
+                cute.arch.griddepcontrol_wait()
+        self.fill()
+        self.follow()
+
+    def fetch_row(self, weight, row):
+        """The beginning of this block's part of a row."""
+        size = self.format.row_bytes(self.part)
+        stored.fetch_to_l2(weight + Int64(row) * self.row_bytes + self.rank * size, Int32(min(size, AHEAD)))
 
     @cute.jit
     def eight(self, x, m, index):
