@@ -85,11 +85,13 @@ def window_and_entries_scaled(q, keys, window, entries, index, sink, scale: Scal
     return torch.softmax(absent(s, lists), -1) @ rows
 
 
-DENSE = dict(q=T(3, 6, 5, 7), rows=T(3, 1, 11, 7), mask=T(3, 1, 5, 11), sink=T(6))
+# Rows with an axis for the one head, and as a cache without it has them.
+DENSE = [dict(q=T(3, 6, 5, 7), rows=rows, mask=T(3, 1, 5, 11), sink=T(6)) for rows in (T(3, 1, 11, 7), T(3, 11, 7))]
 
 
 def of_all_rows(q, rows, mask, sink, scale):
     B, h, T, _ = q.shape
+    rows = rows if rows.dim() == 4 else rows.unsqueeze(1)
     k = rows.unsqueeze(2).expand(-1, -1, h, -1, -1).reshape(B, h, *rows.shape[2:])
     s = torch.matmul(q, k.transpose(2, 3)) * scale + mask
     s = torch.cat([s, sink.view(1, -1, 1, 1).expand(B, -1, T, -1)], -1)

@@ -62,8 +62,8 @@ def _below(m: Node, start: Any, end: Any) -> tuple[Node, Any] | None:
 
 
 def index_lists(q: Node, rows: Node, mask: Node) -> Lists | str:
-    """Arguments keys, window, entries and index of an attention whose queries q [B, h, T, d] see of rows [B, 1, S, d] what
-    the mask [.., T, S] says; or why they cannot be told."""
+    """Arguments keys, window, entries and index of an attention whose queries q [B, h, T, d] see of rows [B, 1, S, d], or
+    [B, S, d], what the mask [.., T, S] says; or why they cannot be told."""
     found: Lists | None = None
     if head(rows) == "aten.cat" and term(rows).literals["dim"] == -2 and len(term(rows).operands) == 2:
         near, far = term(rows).operands
@@ -96,7 +96,7 @@ def between(nodes: Sequence[Node], lists: Lists) -> list[Node]:
 
 
 def without_head(x):
-    return x.squeeze(1)
+    return x.squeeze(1) if x.dim() == 4 else x
 
 
 def one_position(q: Node, c: Columns) -> Made | None:

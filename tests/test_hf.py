@@ -118,8 +118,8 @@ def greedy(model, ids, steps, cache):
 
 
 def test_decode_is_one_graph_with_every_site():
-    """41 tokens after 13: windows of 4 and 8 close, the ring of 7 wraps. (SWA alone: `test_the_mask_of_a_step`.)"""
-    model, ids, reports = random_model(num_hidden_layers=2, layer_types=[CSA, HCA], index_topk=64), tokens(2, 13), []
+    """41 tokens after 13: windows of 4 and 8 close, the ring of 7 wraps."""
+    model, ids, reports = random_model(index_topk=64), tokens(2, 13), []
     want, best = greedy(model, ids, 41, transformers.DynamicCache(config=model.config))
     cache = hf.StaticCache(hf.prepare(model), batch=2, max_len=54)
     memory = [t.data_ptr() for t in cache.tensors()]
