@@ -155,7 +155,7 @@ class Local(nn.Module):
 @pytest.mark.parametrize(
     ("how", "what"),
     [({"metric": lambda got, want: 0.0}, "the metric '<lambda>'"), ({}, "the model's 'Local'")],
-    ids=str,
+    ids=["metric", "model"],
 )
 def test_what_no_script_could_load_is_said_before_the_search(tmp_path, how, what):
     script = tmp_path / "repro.py"
