@@ -25,22 +25,22 @@ class HFLoop:
     seed: Tensor
 
     @staticmethod
-    def start(model: Any, context: int, room: int) -> "HFLoop":
+    def start(model: Any, batch: int, context: int, room: int) -> "HFLoop":
         """Equal numbers in every call: what is remembered of `context` tokens."""
         torch.manual_seed(1)
-        cache = hf.StaticCache(model, 1, context + room)
+        cache = hf.StaticCache(model, batch, context + room)
         for tensor in cache.tensors():
             if tensor.is_floating_point():
                 tensor.normal_()
         cache.length.fill_(context)
         cache.empty = False
         device = cache.length.device
-        fixed = torch.ones(1, 1, dtype=torch.int64, device=device), torch.zeros(1, device=device)
+        fixed = torch.ones(batch, 1, dtype=torch.int64, device=device), torch.zeros(1, device=device)
         return HFLoop(cache, *fixed, torch.zeros(1, dtype=torch.int64, device=device))
 
 
 def step(model: Any, loop: HFLoop) -> Tensor:
-    """The next token in the place of the loop's -> the logits [1, V]."""
+    """The next token in the place of the loop's -> the logits [B, V]."""
     logits = model(loop.token, past_key_values=loop.cache).logits[:, -1]
     loop.token.copy_(draw(logits.float(), loop.temperature, loop.seed, loop.cache.length).unsqueeze(1))
     return logits

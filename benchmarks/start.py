@@ -23,7 +23,7 @@ from dsv4_compile import kernel  # noqa: E402
 
 CUTEDSL = perf_counter()
 
-from benchmarks.layer import model_of  # noqa: E402
+from benchmarks.layer_model import model_of  # noqa: E402
 from dsv4_compile.errors import JitAfterWarmUp  # noqa: E402
 from dsv4_compile.reference_model import DSV4Config, Loop, decode_step  # noqa: E402
 from dsv4_compile.warm import one_of_each  # noqa: E402

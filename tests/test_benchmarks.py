@@ -95,6 +95,8 @@ def test_the_command_is_the_module(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", sys.path[:])
     assert CliRunner().invoke(cli.app, ["bench", "--ops", "router", "--help"]).exit_code == 0
     assert called == [("benchmarks", "__main__", ["--ops", "router", "--help"])]
+    assert CliRunner().invoke(cli.app, ["bench", "--layer", "--model", "pro"]).exit_code == 0
+    assert called[1:] == [("benchmarks.layer", "__main__", ["--model", "pro"])]
     monkeypatch.setattr(bench, "CHECKOUT", tmp_path)
     result = CliRunner().invoke(cli.app, ["bench"])
     assert result.exit_code == 2 and "run it in a checkout" in result.output

@@ -1,4 +1,5 @@
-"""`dsv4 bench`: `python -m benchmarks`, from anywhere. Benchmarks are not installed: they need the checkout."""
+"""`dsv4 bench`: `python -m benchmarks`, and with `--layer` `python -m benchmarks.layer`, from anywhere. Benchmarks are not
+installed: they need the checkout."""
 
 import runpy
 import sys
@@ -7,10 +8,12 @@ from pathlib import Path
 import typer
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+LAYER = "--layer"
 
 
 def bench(context: typer.Context) -> None:
-    """Time ops against eager PyTorch and Inductor; all arguments are those of `python -m benchmarks`."""
+    """Time ops against eager PyTorch and Inductor, or with --layer whole layers, launch by launch. All other arguments are
+    those of `python -m benchmarks`, or of `python -m benchmarks.layer`."""
     if not (CHECKOUT / "benchmarks" / "__main__.py").is_file():
         typer.echo(
             "dsv4 bench: the benchmarks are not installed; run it in a checkout, installed with `pip install -e .`",
@@ -18,5 +21,5 @@ def bench(context: typer.Context) -> None:
         )
         raise typer.Exit(2)
     sys.path.insert(0, str(CHECKOUT))
-    sys.argv[1:] = context.args
-    runpy.run_module("benchmarks", run_name="__main__")
+    sys.argv[1:] = [word for word in context.args if word != LAYER]
+    runpy.run_module("benchmarks.layer" if LAYER in context.args else "benchmarks", run_name="__main__")
