@@ -55,7 +55,7 @@ RULES: tuple[Rule, ...] = (
     mhc.pre_of_normed,
     mhc.post,
     mhc.post_of_sum,
-    mhc_one_stream.post,
+    mhc_one_stream.post_of_one,
     mhc.head,
     mhc.head_of_normed,
     mhc_boundary.between,

@@ -12,7 +12,7 @@ from dsv4_compile.match import Found, Made, finder, head, is_tensor, known, same
 
 
 @finder(mhc_post, name="fuse.mhc", anchor=mhc_pre)
-def post(node: Node) -> Found | None:
+def post_of_one(node: Node) -> Found | None:
     """Any sum of two scaled rows looks so: this one is told by its factors, which `mhc_pre` made of the stream."""
     X = term(node).operands[0]
     factors = {u.args[1]: u for u in node.users if u.target is operator.getitem}
