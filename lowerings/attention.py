@@ -152,7 +152,7 @@ def flat_rows(index: Tensor, x: Tensor) -> Tensor:
     index = index.clamp(min=0)
     if len(x) > 1:
         index += torch.arange(len(x)).view(-1, 1, 1) * x.shape[1]
-    return index.view(-1, index.shape[-1])
+    return index.flatten(0, 1)
 
 
 # On a GPU

@@ -77,6 +77,17 @@ def test_cpu_equals_the_meaning_on_odd_shapes(B, T, h, d, W, K, sink_on_window, 
     torch.testing.assert_close(attention(*args), attention.meaning(*args), rtol=1e-5, atol=1e-5)
 
 
+def test_lists_may_be_empty():
+    q, keys, window, sink, entries, index = case(dtype=torch.float64)
+    for lists in (
+        (window[..., :0], entries, index),
+        (window[..., :0], entries, index[..., :0]),
+        (window[..., :0], None, None),
+    ):
+        args = q, keys, lists[0], sink, *lists[1:], 0.5, False
+        torch.testing.assert_close(attention(*args), formula(*args))
+
+
 def test_bf16_keeps_its_dtype_and_accumulates_in_fp32():
     args = (*case(T=9, d=64, W=8, dtype=torch.bfloat16), 0.125, False)
     out = attention(*args)
