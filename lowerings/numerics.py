@@ -353,7 +353,7 @@ CONTRACTS: dict[str, Contract] = {
         draws={**ENTERED, "X": Normal(spread=True), "y": Normal(spread=True), **MIXED},
     ),
     "head": Contract(
-        ("X",),
+        ("X, acc X if exact & 1",),
         draws={"X": Normal(spread=True), **ENTERED, "vocabulary": Matrix()},
     ),
     "mtp_join": Contract(
