@@ -5,7 +5,8 @@
     dsv4 bench ...
 
 Each request has one token (decode), or there is one request of many (prefill). Every arm is a CUDA graph of many calls, each
-on its own copy of the same inputs, which come from memory; arms take turns. An op that nobody implements as a whole, but in
+on its own copy of the same inputs, which come from memory; arms take turns. Other libraries (`--arms torch flash_mla deep_gemm
+quack`) get them as they want them, before the clock runs (benchmarks/peers.py). An op that nobody implements as a whole, but in
 parts, is compiled with dsv4 for "ours"; one of which no part has a kernel has no such arm. In brackets: what a call launches.
 `least` is the time that the op's cost and the ceilings of this machine, measured first, allow; `share` is that over ours.
 Errors are against the op's meaning in fp64: norm of the difference over norm of the result; of integers, the share of a row's
@@ -23,18 +24,18 @@ from time import perf_counter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cases import Case, Cases, Inputs, bf16
 from benchmarks.ops import plain
+from benchmarks.peers import ABSENT, PEERS
 from benchmarks.timing import Ceilings, ceilings, launches, microseconds, on_gpu, rotated
 from dsv4_compile.op import Op
 from dsv4_compile.reference_model import DSV4Config
 
 Call = Callable[..., Any]
-ARMS = ("eager", "inductor", "ours", "torch")
+ARMS = ("eager", "inductor", "ours", *PEERS)
 CONFIGS: dict[str, Callable[[], DSV4Config]] = {
     "flash": DSV4Config.flash,
     "pro": DSV4Config.pro,
@@ -48,10 +49,16 @@ LARGEST = 8 << 30  # bytes of inputs; `--prepare` leaves larger ones out
 
 
 def arms_of(case: Case, args: Inputs, names: list[str]) -> dict[str, Call]:
-    """Those of the asked ones that there are for this call."""
+    """Those of the asked ones that there are for this call. Of another library one that refuses it is left out, and told."""
     found: dict[str, Call] = {}
     for name in names:
-        call = peer(case.op, args) if name == "torch" else arm(name, case.op, args)
+        call = PEERS[name](case.op, args) if name in PEERS else arm(name, case.op, args)
+        if call is not None and name in PEERS:
+            try:
+                call(*args)
+            except Exception as error:
+                print(f"{name} does not run {case.what}: {type(error).__name__}: {error}", flush=True)
+                continue
         if call is not None:
             found[name] = call
     return found
@@ -87,20 +94,6 @@ def parts_run(op: Op, args: Inputs) -> bool:
     return bool(trial.seen)
 
 
-def peer(op: Op, args: Inputs) -> Call | None:
-    """PyTorch's own op for the same, if it has one: products of plain matrices, norms."""
-    if op.name == "rms_norm":
-        narrow = args[1].to(args[0].dtype)  # once; with a wide weight there is no kernel
-        return lambda x, weight, eps: F.rms_norm(x, weight.shape, narrow, eps)
-    if op.name == "unit_norm":
-        return lambda x, eps: F.rms_norm(x, x.shape[-1:], None, eps)
-    if op.name in ("linear", "grouped_linear") and args[2] is None:
-        grouped = lambda x, w: torch.bmm(x, w.unflatten(0, (x.shape[0], -1)).mT)  # noqa: E731
-        multiply = F.linear if op.name == "linear" else grouped
-        return lambda x, w, *_: multiply(x, w)
-    return None
-
-
 # Errors
 
 
@@ -118,7 +111,9 @@ def errors(case: Case, arms: dict[str, Call], args: Inputs) -> dict[str, float]:
 def wrong(got: torch.Tensor, want: torch.Tensor) -> float:
     if got.is_floating_point():
         return ((got.double() - want).norm() / want.norm().clamp(min=1e-300)).item()
-    return (got.sort(-1).values != want.sort(-1).values).float().mean().item()
+    there = want.sort(-1).values
+    place = torch.searchsorted(there, got.contiguous()).clamp(max=there.shape[-1] - 1)
+    return (there.gather(-1, place) != got).float().mean().item()
 
 
 def results(result: Any) -> tuple[Any, ...]:
@@ -252,12 +247,14 @@ def main(arguments: list[str] | None = None) -> int:
             if on_gpu():
                 torch.cuda.empty_cache()
         print(name, {a: round(t, 2) for a, t in rows[-1]["us"].items()}, flush=True)
-    Console(width=200).print(table(rows, ask.arms))
+    there = [a for a in ask.arms if a not in PEERS or any(a in r["us"] for r in rows)]
+    Console(width=200).print(table(rows, there))
     slower = [f"{r['model']}, {r['what']}, {r['B']}x{r['T']}" for r in rows if loses(r)]
-    for what, names in (("ours loses", slower), ("failed", failed), ("no time was left", left)):
+    absent = [f"{name}: {why}" for name, why in ABSENT.items()]
+    for what, names in (("ours loses", slower), ("failed", failed), ("no time was left", left), ("not here", absent)):
         print(f"{what}: {len(names)}", *names, sep="\n  ")
     if ask.json:
-        about = dict(machine=machine, ceilings=limits.as_dict(), rows=rows, slower=slower, failed=failed, left=left)
+        about = dict(machine=machine, ceilings=limits.as_dict(), rows=rows, slower=slower, failed=failed, left=left, absent=absent)
         ask.json.write_text(json.dumps(about, indent=1) + "\n")
     if ask.picture:
         from benchmarks.picture import roofline

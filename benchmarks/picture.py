@@ -12,6 +12,7 @@ from benchmarks.timing import Ceilings
 from benchmarks.waterfall import Part
 
 COLOURS = {"eager": "tab:gray", "inductor": "tab:orange", "ours": "tab:blue", "torch": "tab:green"}
+COLOURS |= {"flash_mla": "tab:red", "deep_gemm": "tab:purple", "quack": "tab:brown"}
 BY = {"dsv4": "tab:blue", "inductor": "tab:orange", "torch": "tab:gray"}
 
 

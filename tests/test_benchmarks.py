@@ -61,6 +61,12 @@ def test_cells_that_ours_loses(module):
     assert not loses({"us": {"eager": 1.0}})
 
 
+def test_of_integers_the_error_is_the_share_that_another_has_not(module):
+    wrong, want = module("__main__").wrong, torch.tensor([[5, 1, 9, -1], [2, 3, 4, 7]])
+    assert wrong(want[:, [2, 0, 3, 1]], want) == 0
+    assert wrong(torch.tensor([[0, 1, 9, 5], [2, 3, 4, 8]]), want) == 2 / 8
+
+
 def test_an_arm_that_changes_the_inputs_is_refused(module):
     timing = module("timing")
     inputs = [(torch.ones(3),), (torch.ones(3),)]
