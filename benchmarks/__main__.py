@@ -254,7 +254,15 @@ def main(arguments: list[str] | None = None) -> int:
     for what, names in (("ours loses", slower), ("failed", failed), ("no time was left", left), ("not here", absent)):
         print(f"{what}: {len(names)}", *names, sep="\n  ")
     if ask.json:
-        about = dict(machine=machine, ceilings=limits.as_dict(), rows=rows, slower=slower, failed=failed, left=left, absent=absent)
+        about = dict(
+            machine=machine,
+            ceilings=limits.as_dict(),
+            rows=rows,
+            slower=slower,
+            failed=failed,
+            left=left,
+            absent=absent,
+        )
         ask.json.write_text(json.dumps(about, indent=1) + "\n")
     if ask.picture:
         from benchmarks.picture import roofline
