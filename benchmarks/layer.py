@@ -99,24 +99,22 @@ def run_arm(
     }
 
 
-def layers(
-    parts: list[waterfall.Part], model: DSV4, batch: int, context: int, bandwidth: float
-) -> list[dict[str, Any]]:
-    """What is told of each layer."""
+def floors_of(model: DSV4, batch: int, context: int, bandwidth: float) -> list[dict[str, Any]]:
+    """Of each layer its name, what it and its experts must read, in us, and what its attention and its indexer are called."""
     c, found = model.config, []
-    state = layer_model.state_of(model, batch, context)
-    inner = parts[1:-1] or [None] * len(model.layers)
-    for name, part, marked, memory in zip(layer_model.names_of(c), inner, model.layers, state.layers, strict=True):
-        seen = context // c.rate(CSA)
+    state, seen = layer_model.state_of(model, batch, context), context // model.config.rate(CSA)
+    for name, marked, memory in zip(layer_model.names_of(c), model.layers, state.layers, strict=True):
         row: dict[str, Any] = {"layer": name}
-        if part is not None:
-            row |= {"launches": len(part.launches), "us": part.us, "busy_us": part.busy}
         row["floor_us"] = layer_model.must_read(marked, c, memory, batch, context) / bandwidth * 1e6
         row["experts_floor_us"] = layer_model.weights_read(marked.layer.ffn, c, batch) / bandwidth * 1e6
         row["rows"] = f"attention, {c.sliding_window} + {min(c.index_topk, seen)} rows, turned back"
         row["entries"] = f"indexer, {seen} entries"
         found.append(row)
     return found
+
+
+def told(part: waterfall.Part) -> dict[str, Any]:
+    return {"launches": len(part.launches), "us": part.us, "busy_us": part.busy}
 
 
 def error(logits: Tensor, want: Tensor) -> float:
@@ -175,9 +173,10 @@ def main(arguments: list[str] | None = None) -> int:
         model = layer_model.model_of(config, device)
         for batch, context in ((b, c) for b in ask.batch for c in ask.context):
             title = f"{ask.model}, {format}, context {context}, {batch} requests"
-            floors = [x["floor_us"] for x in layers([], model, batch, context, bandwidth)]
+            rows = floors_of(model, batch, context, bandwidth)
+            least = {r["layer"]: r["floor_us"] for r in rows}
             table = Table(title, "step, us", "launches", "compile, s", "error", *layer_model.names_of(config))
-            table.add_row("floor", "", "", "", "", *(f"{f:.0f} us" for f in floors))
+            table.add_row("floor", "", "", "", "", *(f"{f:.0f} us" for f in least.values()))
             want: dict[bool, Tensor] = {}
             for arm in ask.arms:
                 if arm.startswith(HF) and format != "bf16":
@@ -185,8 +184,9 @@ def main(arguments: list[str] | None = None) -> int:
                 inner = {"inner": ask.inner} if ask.inner else {}
                 one = run_arm(arm, model, batch, context, clock, bandwidth, inner)
                 parts, logits = one.pop("parts"), one.pop("logits")
-                one |= dict(model=ask.model, format=format, batch=batch, context=context, floor_us=floors)
-                one["layers"] = layers(parts, model, batch, context, bandwidth)
+                one |= dict(model=ask.model, format=format, batch=batch, context=context, floor_us=[*least.values()])
+                of_layers = parts[1:-1] or [None] * len(rows)
+                one["layers"] = [r | (told(p) if p else {}) for r, p in zip(rows, of_layers, strict=True)]
                 one["error"] = error(logits, want.setdefault(arm.startswith(HF), logits))
                 one["parts"] = [p.as_dict() for p in parts]
                 results.append(one)
@@ -198,7 +198,6 @@ def main(arguments: list[str] | None = None) -> int:
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
                 if arm in OURS and parts:
                     found += bars.cells(one, parts)
-                    least = {r["layer"]: r["floor_us"] for r in one["layers"]}
                     if ask.launches:
                         print(waterfall.text(parts, least), flush=True)
                     if ask.picture:

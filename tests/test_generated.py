@@ -145,6 +145,43 @@ def test_a_planted_fault_is_found(fault, monkeypatch):
         tried()
 
 
+class Again:
+    """In the place of a CUDA graph: it runs once more, into the memory of the first time."""
+
+    def __init__(self, run, after):
+        self.run, self.after, self.made = run, after, run()
+
+    def replay(self):
+        for out, new in zip(self.made[0], self.run()[0], strict=True):
+            out.copy_(new)
+        self.after(self.made)
+
+
+@pytest.mark.parametrize("fault", ["", "at replay", "written outside"])
+def test_replays_are_compared_with_what_is_right_of_the_other_numbers(fault, monkeypatch):
+    def after(made):
+        if fault == "at replay":
+            made[0][0].mul_(1.1)
+        elif fault:
+            made[1][0].whole[3] = 0
+
+    def captured(run):
+        graph = Again(run, after)
+        return graph, graph.made
+
+    monkeypatch.setattr(guards, "captured", captured)
+    monkeypatch.setattr(rms_norm, "implementations", [planted("")])
+    family = FAMILIES["rms_norm"]
+    trial = guards.Trial(rms_norm, family.right, "cpu", True)
+    first, other = family.case(4), family.case(4, True)
+    trial.in_a_row(first)
+    if not fault:
+        trial.replayed(first, other)
+        return
+    with pytest.raises(AssertionError, match=fault):
+        trial.replayed(first, other)
+
+
 def test_inputs_may_be_those_of_a_model():
     """What lies in a parameter is a part of one, which captured launches may read early."""
     for value in (torch.ones(2, 3), torch.ones(5, 4).to(torch.float8_e4m3fn)):
