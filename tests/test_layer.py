@@ -221,6 +221,36 @@ def test_it_runs_on_a_cpu(module, monkeypatch, tmp_path, capsys):
     assert "context 64, 2 requests, eager" in capsys.readouterr().out
 
 
+def test_what_a_profile_says_is_told_drawn_and_written(module, monkeypatch, tmp_path, capsys):
+    """A whole run, with a made-up profile in the place of a GPU's."""
+    pytest.importorskip("matplotlib", reason="the extra `bench` brings it")
+    layer, Span = module("layer"), module("clock").Span
+
+    def spans(self, work, calls=6):
+        found, at = [], 0.0
+        for names in (["a"], *[MARK, ["triton_b", "c"]] * 4, MARK, ["d"]):
+            for name in names:
+                found.append(Span(name, at, at + 2))
+                at += 3
+        return [found] * calls
+
+    small = DSV4Config.tiny().replace(hc_sinkhorn_iters=2, num_nextn_predict_layers=0)
+    monkeypatch.setitem(module("layer_model").CONFIGS, "flash", lambda: small)
+    monkeypatch.setattr(module("clock").Clock, "spans", spans)
+    monkeypatch.setattr(layer, "STEPS", 1)
+    monkeypatch.setattr(layer, "OURS", ("eager",))
+    file, picture = tmp_path / "layers.json", tmp_path / "layers.png"
+    given = ["--model", "flash", "--formats", "bf16", "--arms", "eager", "--context", "64", "--launches"]
+    assert layer.main([*given, "--json", str(file), "--picture", str(picture)]) == 0
+    found = json.loads(file.read_text())
+    (one,) = found["results"]
+    assert [p["count"] for p in one["parts"]] == [1, 2, 2, 2, 2, 1] and [x["us"] for x in one["layers"]] == [5.0] * 4
+    assert {x["cell"]: x["value"] for x in found["cells"]}["CSA layer again, launches"] == 2
+    assert (tmp_path / "layers-flash-bf16-64-1-eager.png").stat().st_size > 10_000
+    said = capsys.readouterr().out
+    assert "HCA: 5.0 us, 2 launches" in said and "stretch" in said and "bessel" not in said
+
+
 def test_what_a_layer_must_read(module):
     model = module("layer_model")
     config = model.config_of("nano", "bf16")
