@@ -29,7 +29,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true as known
 
 from .errors import BadOp
 
-__all__ = ["Cost", "Implementation", "Op", "Tensor", "acc", "at_least", "hinted", "known", "op"]
+__all__ = ["Cost", "Implementation", "Op", "Tensor", "acc", "at_least", "hinted", "known", "left_to_inductor", "op"]
 
 LIBRARY = torch.library.Library("dsv4", "DEF")
 TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool"}
@@ -97,6 +97,11 @@ class Implementation:
 def at_least(count: int, rows: Callable[[Any], Any]) -> Callable[[Any], bool | str]:
     """For `worth`: enough rows, as `rows` counts them in the arguments. A number that is not known is enough."""
     return lambda a: not known(rows(a) < count) or f"fewer than {count} rows"
+
+
+def left_to_inductor(a: Any) -> str:
+    """For `worth` of an implementation that beats the meaning run call by call, and never the meaning compiled."""
+    return "compiled, what it says is as fast"
 
 
 @cache
@@ -176,13 +181,16 @@ class Op:
 
     def run(self, *args: Any) -> Any:
         """The op on real tensors: whoever claims it, else its meaning. The dispatcher hands over every argument."""
-        kind = next(a.device.type for a in args if isinstance(a, Tensor))
-        first = next((i for i in self.implementations if i.device == kind), None)
-        if first is not None and not first.asks:  # to name the arguments takes longer than a small op
-            return first.run(*args)
-        implementation, _ = self.claim(dict(zip(self.signature.parameters, args, strict=True)))
-        if implementation is not None:
-            return implementation.run(*args)
+        first = args[0] if isinstance(args[0], Tensor) else next(a for a in args if isinstance(a, Tensor))
+        kind = first.device.type
+        for implementation in self.implementations:  # to name the arguments takes longer than a small op
+            if implementation.device == kind:
+                if not implementation.asks:
+                    return implementation.run(*args)
+                break
+        claimed, _ = self.claim(dict(zip(self.signature.parameters, args, strict=True)))
+        if claimed is not None:
+            return claimed.run(*args)
         return self._each(self.meaning(*args), lambda x: own(x, args))
 
     def write(self, *args: Any) -> None:

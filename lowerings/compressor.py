@@ -3,7 +3,7 @@
 import torch
 
 from dsv4_compile.lowerings.norm import DTYPES
-from dsv4_compile.op import Cost, Tensor, acc, op
+from dsv4_compile.op import Cost, Tensor, acc, left_to_inductor, op
 
 
 @op("dsv4::compressor")
@@ -50,7 +50,7 @@ def _(a):
     return dict(B=B, n=n, R=R, d=a.weight.shape[0])
 
 
-@compressor.on("cpu")
+@compressor.on("cpu", worth=left_to_inductor)
 def _(c, z, index, weight, cos, sin, eps, overlap):
     B, n, R = index.shape
     S, C, d = c.shape[1], c.shape[2], weight.shape[0]

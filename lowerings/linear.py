@@ -61,20 +61,21 @@ def stored(a) -> bool | str:
 def _(x, weight, scale, scale_2):
     if scale is None:
         return F.linear(x, weight.to(x.dtype))
-    if len(x) <= FEW and (y := few_rows(x.unsqueeze(0), weight, scale, scale_2)) is not None:
-        return y.squeeze(0)
+    if len(x) <= FEW and (y := few_rows(x, weight, scale, scale_2)) is not None:
+        return y
     return F.linear(x, dequantized(weight, scale, scale_2).to(x.dtype))
 
 
 def few_rows(x: Tensor, weight: Tensor, scale: Tensor, scale_2: Tensor | None) -> Tensor | None:
-    """`grouped_linear`, row by row of the weight, where there is C++ for it: nano's 42 linears of a step (fp32, one core)
-    take 0.5 ms, with the weight dequantised in front of the product 9."""
+    """`linear` or, x [G, M, K], `grouped_linear`, row by row of the weight, where there is C++ for it: nano's 42 linears of a
+    step (fp32, one core) take 0.5 ms, with the weight dequantised in front of the product 9."""
     x, library = x.contiguous(), native.library()
     stored = native.described(weight, scale, scale_2) if library is not None and native.exact(x) else None
     if stored is None:
         return None
-    (G, M, K), N = x.shape, weight.shape[0]
-    y = x.new_empty(G, M, N // G)
+    *lead, M, K = x.shape
+    N, G = weight.shape[0], lead[0] if lead else 1
+    y = torch.empty((*lead, M, N // G), dtype=x.dtype)
     library.dsv4_linear(stored, x.data_ptr(), y.data_ptr(), G, M, native.threads(M * N * K))
     return y
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from dsv4_compile.lowerings import native
 from dsv4_compile.lowerings.norm import DTYPES
 from dsv4_compile.lowerings.sinkhorn import balanced, sinkhorn
-from dsv4_compile.op import Cost, Tensor, acc, at_least, op
+from dsv4_compile.op import Cost, Tensor, acc, left_to_inductor, op
 
 FEW, SMALL = 16, 1 << 16  # few tokens, or coefficients that stay in a cache: one loop in C++ beats calls of PyTorch
 
@@ -61,14 +61,14 @@ def _(a):
 
 @mhc_pre.on("cpu")
 def _(X, fn, base, scale, iters, eps, rms_eps):
-    n, D = X.shape[-2:]
-    N, library = math.prod(X.shape[:-2]), native.library()
+    *lead, n, D = X.shape
+    N, library = math.prod(lead), native.library()
     if (N <= FEW or fn.numel() <= SMALL) and native.exact(X, fn, base, scale) and library is not None:
-        x, post, comb = X.new_empty(*X.shape[:-2], D), X.new_empty(X.shape[:-1]), X.new_empty(*X.shape[:-1], n)
-        tensors = (t.data_ptr() for t in (X, fn, base, scale, x, post, comb))
-        library.dsv4_mhc_pre(
-            *tensors, N, n, D, iters, eps, rms_eps, native.threads(N * (fn.numel() + 4 * iters * n * n))
-        )
+        x, post, comb = X.new_empty((*lead, D)), X.new_empty((*lead, n)), X.new_empty((*lead, n, n))
+        given = X.data_ptr(), fn.data_ptr(), base.data_ptr(), scale.data_ptr()
+        threads = native.threads(N * (fn.numel() + 4 * iters * n * n))
+        made = x.data_ptr(), post.data_ptr(), comb.data_ptr()
+        library.dsv4_mhc_pre(*given, *made, N, n, D, iters, eps, rms_eps, threads)
         return x, post, comb
     streams = acc(X)
     scale = acc(scale)
@@ -140,7 +140,7 @@ def _(a):
     return dict(N=math.prod(lead), n=n, D=D)
 
 
-@mhc_post.on("cpu", worth=at_least(256, rows=lambda a: math.prod(a.y.shape[:-1])))
+@mhc_post.on("cpu", worth=left_to_inductor)
 def _(X, y, post, comb):
     n, D = X.shape[-2:]
     mixed = acc(post).reshape(-1, n, 1) * acc(y).reshape(-1, 1, D)
@@ -186,7 +186,7 @@ def _(a):
     return dict(N=math.prod(lead), n=n, D=D)
 
 
-@mhc_head.on("cpu", worth=at_least(256, rows=lambda a: math.prod(a.X.shape[:-2])))
+@mhc_head.on("cpu", worth=left_to_inductor)
 def _(X, fn, base, scale, eps, rms_eps):
     streams = acc(X)
     pre = _scaled_mixture(streams, fn, base, acc(scale), rms_eps).sigmoid_().add_(eps)

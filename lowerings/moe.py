@@ -133,7 +133,13 @@ SLAB = 1 << 23  # dequantised numbers at a time
 Stored = tuple[Tensor, Tensor | None, Tensor | None]  # weight, scale, scale_2
 
 
-@moe.on("cpu")
+def stored_or_many(a) -> bool | str:
+    plain = a.s1 is None and a.x.dtype == a.w1.dtype == torch.float32
+    few = known(a.expert.numel() <= a.w1.shape[0])
+    return not (plain and few) or "compiled, plain matrices of few choices are read as fast"
+
+
+@moe.on("cpu", worth=stored_or_many)
 def _(x, expert, gate, w1, w3, w2, limit, s1, s3, s2, t1, t3, t2):
     out = torch.promote_types(acc(x).dtype, acc(gate).dtype)
     stored = (w1, s1, t1), (w3, s3, t3), (w2, s2, t2)

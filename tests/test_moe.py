@@ -78,6 +78,19 @@ def test_meaning_and_cpu_say_what_the_formula_says(shape):
         torch.testing.assert_close(got, want)
 
 
+def worth_it(N: int, format: str) -> bool:
+    """Whether the CPU runs the op of fp32 activations, where nobody insists."""
+    args = case(N=N, dtype=torch.float32, D=128, I=128, format=format)
+    names = dict(zip(moe.signature.parameters, args, strict=True))
+    return moe.claim(names, if_worth=True)[0] is not None
+
+
+def test_plain_matrices_of_few_choices_are_left_to_inductor():
+    """Which reads them as fast; it does not where they are stored narrow, or sorted by expert."""
+    assert not worth_it(1, "none") and not worth_it(2, "none")  # of 2 choices each, among 5 experts
+    assert worth_it(3, "none") and all(worth_it(1, format) for format in FORMATS[1:])
+
+
 @pytest.mark.parametrize("N", [1, 2, 9])
 @pytest.mark.parametrize("format", FORMATS[1:])
 def test_stored_weights(format, N):
