@@ -21,31 +21,32 @@ class Piece:
     gm: fx.GraphModule
     inputs: list[Any]  # examples
     calls: list[Node] = field(default_factory=list)  # of a body
+    run: Callable[..., Any] | None = None  # once it is compiled
 
 
 @dataclass
 class Apart:
-    """A graph taken apart: `driver` calls the pieces, by their names."""
+    """A graph taken apart: `driver` calls the pieces."""
 
     driver: fx.GraphModule
     pieces: dict[str, Piece]
 
     def compile(self, how: Callable[[Piece], Callable[..., Any]]) -> Callable[..., Any]:
         """The whole as a callable, each piece compiled by `how`."""
-        for name, piece in self.pieces.items():
-            setattr(self.driver, name, Compiled(how(piece)))
+        for piece in self.pieces.values():
+            piece.run = how(piece)
         return self.driver.forward
 
 
-class Compiled(torch.nn.Module):
-    """A compiled piece, as a module that fx can call."""
+def caller(piece: Piece, name: str) -> Callable[..., Any]:
+    """A function that fx can call: a module would cost as much as a small kernel."""
 
-    def __init__(self, run: Callable[..., Any]):
-        super().__init__()
-        self.run = run
+    def call(*args: Any) -> Any:
+        assert piece.run is not None, f"{name} is not compiled"
+        return piece.run(*args)
 
-    def forward(self, *args: Any) -> Any:
-        return self.run(*args)
+    call.__name__ = name
+    return call
 
 
 def taken_apart(gm: fx.GraphModule, inputs: Sequence[Any]) -> Apart | None:
@@ -59,9 +60,11 @@ def taken_apart(gm: fx.GraphModule, inputs: Sequence[Any]) -> Apart | None:
     sizes = [n for n in examples if isinstance(example(n, examples), torch.SymInt)]
     starts = {run[0]: run for run in runs}
     driver, value, pieces = fx.Graph(), dict[Node, Node](), dict[str, Piece]()
+    callers: dict[str, Callable[..., Any]] = {}
 
     def call(name: str, taken: list[Node]) -> Node:
-        return driver.call_module(name, tuple(value[n] for n in taken))
+        callers[name] = target = callers.get(name) or caller(pieces[name], name)
+        return driver.call_function(target, tuple(value[n] for n in taken))
 
     for node in gm.graph.nodes:
         if node.op == "placeholder":
@@ -84,10 +87,7 @@ def taken_apart(gm: fx.GraphModule, inputs: Sequence[Any]) -> Apart | None:
             pieces[name] = Piece(piece_of(gm, run, taken, given), [example(n, examples) for n in taken])
             result = call(name, taken)
             value.update({n: driver.call_function(operator.getitem, (result, i)) for i, n in enumerate(given)})
-    root = torch.nn.Module()
-    for name in pieces:
-        setattr(root, name, torch.nn.Identity())  # until it is compiled
-    return Apart(fx.GraphModule(root, driver), pieces)
+    return Apart(fx.GraphModule(torch.nn.Module(), driver), pieces)
 
 
 def shared(gm: fx.GraphModule) -> dict[Node, str]:

@@ -71,7 +71,7 @@ def test_layers_become_calls_of_one_body():
     model = Stack(4)
     parts = taken_apart(*graph_of(model, *inputs_for(model)))
     assert {name: len(piece.calls) for name, piece in parts.pieces.items()} == {"piece_0": 0, "body_0": 4, "piece_2": 0}
-    called = [n.target for n in parts.driver.graph.find_nodes(op="call_module", target="body_0")]
+    called = [n.target for n in parts.driver.graph.nodes if getattr(n.target, "__name__", "") == "body_0"]
     assert len(called) == 4
 
 
