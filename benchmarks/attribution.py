@@ -55,7 +55,8 @@ class Recorder:
         self.open = Notes()
 
     def keep(self) -> None:
-        if any(self.open.parts) and self.open.captured >= self.kept.captured:
+        ran = len(self.open.parts) > 1 or any(self.open.parts)
+        if ran and self.open.captured >= self.kept.captured:
             self.kept = self.open
 
     @property

@@ -1,10 +1,10 @@
 """A decode step of a few layers at a model's real sizes, layer by layer and launch by launch, each arm on the same weights.
 
-    python -m benchmarks.layer [--model flash|pro|nano] [--formats bf16,fp4] [--context 8192,131072] [--batch 1,8]
+    python -m benchmarks.layer [--model flash|pro|nano|DIR] [--formats bf16,fp4] [--context 8192,131072] [--batch 1,8]
                                [--arms hf-eager,hf-inductor,eager,inductor,ours] [--launches] [--json FILE] [--picture FILE]
     dsv4 bench --layer ...
 
-The layers are SWA, CSA, HCA and CSA, as far as the model has them, the first with hash routing, both mHC sites included;
+The layers are SWA, CSA, HCA and CSA, without SWA HCA and two CSA, the first with hash routing, both mHC sites included;
 weights are random, and so is what the state remembers of `--context` tokens. "inductor" and "ours" are one CUDA graph a
 step; launches and times of a layer are read off a profile of its replays, marks between the layers telling them apart, and
 the times are scaled so that they add up to the time of a step outside the profiler. The floor of a layer is what it must read
@@ -34,7 +34,8 @@ from torch import Tensor
 from benchmarks import bars, layer_model, waterfall
 from benchmarks.attribution import Notes, recording
 from benchmarks.clock import Clock
-from benchmarks.layer_model import CONFIGS, CSA, FORMATS, ROOM
+from benchmarks.layer_model import CSA, FORMATS, ROOM
+from dsv4_compile.commands.inputs import InputError
 from dsv4_compile.reference_model import DSV4, Loop
 
 HF = "hf-"
@@ -140,7 +141,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
         return split
 
-    parser.add_argument("--model", choices=CONFIGS, default="flash" if torch.cuda.is_available() else "nano")
+    usual = "flash" if torch.cuda.is_available() else "nano"
+    parser.add_argument("--model", default=usual, help="flash, pro, nano, tiny, or a folder or file with a config.json")
     parser.add_argument("--formats", type=names(FORMATS), default=["bf16", "fp4"])
     parser.add_argument("--arms", type=names(ARMS), default=["eager", "inductor", "ours"])
     parser.add_argument("--context", type=numbers, default=[8192], help="tokens that the state remembers")
@@ -149,7 +151,12 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--launches", action="store_true", help="print every launch of ours")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path, help="draw every launch of ours, as matplotlib does")
-    return parser.parse_args(arguments)
+    ask = parser.parse_args(arguments)
+    try:
+        ask.configs = {format: layer_model.config_of(ask.model, format) for format in ask.formats}
+    except (InputError, ValueError) as error:  # ValueError: a format that the sizes do not divide into
+        parser.error(str(error))
+    return ask
 
 
 @torch.inference_mode()
@@ -168,8 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
             about = dict(machine=machine, bandwidth=bandwidth, results=results, cells=found)
             ask.json.write_text(json.dumps(about, indent=1) + "\n")
 
-    for format in ask.formats:
-        config = layer_model.config_of(ask.model, format)
+    for format, config in ask.configs.items():
         model = layer_model.model_of(config, device)
         for batch, context in ((b, c) for b in ask.batch for c in ask.context):
             title = f"{ask.model}, {format}, context {context}, {batch} requests"
@@ -218,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
 def draw(file: Path, title: str, one: dict[str, Any], parts: list[waterfall.Part], floors: dict[str, float]) -> None:
     from benchmarks.picture import launches
 
-    of = "-".join(str(one[k]) for k in ("model", "format", "context", "batch", "arm"))
+    of = "-".join(str(one[k]) for k in ("format", "context", "batch", "arm"))
     launches(parts, floors, title, file.with_stem(f"{file.stem}-{of}"))
 
 

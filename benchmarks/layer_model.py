@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsv4_compile.commands.warm import config_of as named_or_read
 from dsv4_compile.reference_model import DSV4, DSV4Config, Loop, State, draw
 
 SWA, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
-LAYERS = SWA, CSA, HCA, CSA
+LAYERS, WITHOUT_SWA = (SWA, CSA, HCA, CSA), (HCA, CSA, CSA)
 SHORT = {SWA: "SWA", CSA: "CSA", HCA: "HCA"}
 FORMATS = {"bf16": ("none", "none"), "fp8": ("fp8", "fp8"), "fp4": ("fp8", "mxfp4")}  # of dense weights and experts
 CONFIGS: dict[str, Callable[[], DSV4Config]] = {
@@ -60,10 +61,10 @@ class Marked(nn.Module):
 
 def config_of(model: str, format: str) -> DSV4Config:
     """Of the kinds of layer that a model has one each, and CSA twice; the first layer's router is a table if the model has
-    such layers."""
+    such layers. model: a name, or a folder or file with a config.json. Raises InputError."""
     linear, expert = FORMATS[format]
-    base = CONFIGS[model]()
-    kinds = tuple(kind for kind in LAYERS if kind in base.layer_types)
+    base = CONFIGS[model]() if model in CONFIGS else named_or_read(model)
+    kinds = tuple(k for k in (LAYERS if SWA in base.layer_types else WITHOUT_SWA) if k in base.layer_types)
     first = "hash_moe" if "hash_moe" in base.mlp_layer_types else "moe"
     return base.replace(
         num_hidden_layers=len(kinds),

@@ -171,6 +171,8 @@ def test_calls_and_launches_are_noted_as_they_run(module, monkeypatch):
     assert [(c.op, c.modules) for c in head] == [("mhc_head", ["mhc"])] and not kept.captured
     recorder.begin()
     assert recorder.notes is kept, "a replay runs nothing from Python"
+    recorder.mark()
+    assert recorder.notes.parts == [[], []], "a step without ops of ours"
 
 
 @kernels
@@ -246,9 +248,27 @@ def test_what_a_profile_says_is_told_drawn_and_written(module, monkeypatch, tmp_
     (one,) = found["results"]
     assert [p["count"] for p in one["parts"]] == [1, 2, 2, 2, 2, 1] and [x["us"] for x in one["layers"]] == [5.0] * 4
     assert {x["cell"]: x["value"] for x in found["cells"]}["CSA layer again, launches"] == 2
-    assert (tmp_path / "layers-flash-bf16-64-1-eager.png").stat().st_size > 10_000
+    assert (tmp_path / "layers-bf16-64-1-eager.png").stat().st_size > 10_000
     said = capsys.readouterr().out
     assert "HCA: 5.0 us, 2 launches" in said and "stretch" in said and "bessel" not in said
+
+
+def test_any_config_and_the_kinds_of_layer_that_it_has(module, tmp_path, capsys):
+    model, layer = module("layer_model"), module("layer")
+    kinds = "sliding_attention", "heavily_compressed_attention"
+    tiny = DSV4Config.tiny().replace(num_hidden_layers=2, layer_types=kinds, mlp_layer_types=("moe", "moe"))
+    fields = tiny.to_hf_dict()
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config = model.config_of(str(tmp_path), "bf16")
+    assert (
+        model.names_of(config) == [model.SHORT[k] for k in model.LAYERS if k in kinds]
+        and config.linear_format == "none"
+    )
+    assert model.names_of(model.config_of("pro", "fp4")) == ["HCA, hash", "CSA", "CSA again"]
+    for wrong, said in (("elsewhere", "expected flash"), (str(tmp_path), "must be a multiple of 32")):
+        with pytest.raises(SystemExit):
+            layer.parsed(["--model", wrong, "--formats", "fp4"])
+        assert said in capsys.readouterr().err
 
 
 def test_what_a_layer_must_read(module):
