@@ -47,6 +47,7 @@ def build(
     """Compile with the given passes."""
     from .bodies import taken_apart
     from .cudagraph import captured
+    from .floats import hold_floats_of_modules
     from .graphs.instances import inline_regions
     from .reporting import sites
     from .reporting.report import HISTORY
@@ -57,12 +58,13 @@ def build(
     eager = chosen_inner(config.inner, example_inputs) == "eager"
     if eager or config.explain or config.diff:
         keep_source_lines(gm)
-    hold_floats_of_modules(gm)
     report.sites = sites.in_graph(gm)
-    report.hint = FLOATS_ARE_INPUTS if takes_floats(gm) else ""
     if needs_gradients(gm, example_inputs):
         report.skipped = GRADIENTS
         warnings.warn(GRADIENTS, DSV4Warning, stacklevel=2)
+    else:
+        example_inputs = hold_floats_of_modules(gm, example_inputs)
+    report.hint = FLOATS_ARE_INPUTS if takes_floats(gm) else ""
     parts = None if report.skipped else taken_apart(gm, example_inputs)
     if parts is None:
         compiled = compile_graph(gm, example_inputs, manager, eager)
@@ -151,27 +153,6 @@ def needs_gradients(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> bool:
         return False
     outputs = [n.meta.get("example_value") for n in gm.graph.output_node().all_input_nodes]
     return any(o is None or (isinstance(o, torch.Tensor) and o.requires_grad) for o in outputs)
-
-
-def hold_floats_of_modules(gm: torch.fx.GraphModule) -> None:
-    """Have Dynamo trace again with the floats of modules (eps, scales) as constants, as it takes their ints anyway, where
-    dynamic=True has made them inputs: patterns read them. A caller's own floats stay inputs, and so do those that only a
-    region reads, which Dynamo cannot hold."""
-    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-    from torch._dynamo.symbolic_convert import TensorifyState
-
-    found = []
-    for node in gm.graph.find_nodes(op="placeholder"):
-        given, number = node.meta.get("grapharg"), getattr(node.meta.get("example_value"), "item_memo", None)
-        kind = getattr(getattr(given, "source", None), "guard_source", None)
-        kind = kind() if callable(kind) else kind
-        symbol = getattr(getattr(getattr(number, "node", None), "_expr", None), "name", "")
-        if symbol and getattr(given, "pass_arg_as_tensor", False) and kind.is_unspecialized_nn_module():
-            found += [] if TensorifyState.should_specialize(symbol) else [symbol]
-    for symbol in found:
-        TensorifyState.specialize(symbol)
-    if found:
-        raise TensorifyScalarRestartAnalysis
 
 
 def takes_floats(gm: torch.fx.GraphModule) -> bool:

@@ -133,8 +133,8 @@ GRADIENTS = (
     "torch.inference_mode() or torch.no_grad(), or freeze it with model.requires_grad_(False)."
 )
 FLOATS_ARE_INPUTS = (
-    "floats that were passed in, or that modules inside a region hold (eps, scales), are inputs of this graph, as "
-    "dynamic=True makes them, and patterns that read such numbers cannot match: mark the sizes that vary with "
+    "floats that were passed in are inputs of this graph, as dynamic=True makes them, and patterns that read such "
+    "numbers cannot match: hold them in a module, mark the sizes that vary with "
     "torch._dynamo.mark_dynamic instead, or set torch._dynamo.config.specialize_float = True."
 )
 NO_COMPILER = (
