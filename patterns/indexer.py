@@ -14,7 +14,7 @@ QUERY = dict(q=T(3, 5, 6, 7), keys=T(3, 11, 7), w=T(3, 5, 6), k=4)
 SEEN = QUERY | {"visible": T(3, 5, dtype=torch.int64)}
 SEEN_ALIKE = QUERY | {"visible": T(1, 5, dtype=torch.int64)}  # positions that the rows of a batch share
 
-MASK = ("aten.ge",)  # of hidden entries, which layers have in common
+MASK = ("aten.ge", "aten.lt")  # of hidden entries, which layers have in common
 
 
 def visible_scores(s, w, visible):

@@ -125,6 +125,15 @@ def test_both_spellings_raise(rewritten, dtype, change, shape):
     assert torch.equal(result.sort(-1).values, f(*args).sort(-1).values)
 
 
+def test_two_layers_share_what_hides_entries(rewritten):
+    q, keys, w, visible = case(2, 5, 16, 4, 11, torch.float32)
+    f = lambda *args: (pick_of(*args), pick_of(args[0].flip(1), args[1] * 2, *args[2:]))  # noqa: E731
+    result, report = rewritten(f, q, keys, w, visible)
+    assert report.runs == {("indexer", "cpu"): 2}
+    for got, want in zip(result, f(q, keys, w, visible), strict=True):
+        assert torch.equal(got.sort(-1).values, want.sort(-1).values)
+
+
 class Turned(nn.Module):
     """Queries are turned and weights scaled by `factor`, as in the model."""
 
