@@ -1,6 +1,10 @@
 """How much rounding costs: the compiled model in bf16 against eager in bf16, both held against eager in fp64 under the same
 choices of experts and entries.
 
+Held to the limit are two means over many numbers: the error's root mean square, and the largest error of each row of logits,
+averaged. The largest error of all is one number, and a matter of luck: eager's own moves by a factor of 0.85 to 1.4 when one
+embedding in twenty is off by its last bit. It is printed.
+
 All passes together on a small model by default; with DSV4_TEST_PRECISION=all each pass alone as well, and nano.
 """
 
@@ -59,13 +63,13 @@ class Rounding:
         self.captured = Captured(model, (tokens,), {"selection": selection})
         self.eager = self.error(self.captured.eager())
 
-    def error(self, logits: torch.Tensor) -> tuple[float, float]:
-        """Root mean square, and the largest."""
-        off = logits.double() - self.want
-        return float(off.square().mean().sqrt()), float(off.abs().max())
+    def error(self, logits: torch.Tensor) -> tuple[float, ...]:
+        """Root mean square, mean of the rows' largest, and the largest."""
+        off = (logits.double() - self.want).abs()
+        return float(off.square().mean().sqrt()), float(off.amax(-1).mean()), float(off.max())
 
-    def ratio(self, **options) -> tuple[float, float]:
-        """Both errors of the model with its graph rewritten, as multiples of eager's."""
+    def ratio(self, **options) -> tuple[float, ...]:
+        """These errors of the model with its graph rewritten, as multiples of eager's."""
         manager = PassManager(Config(inner="eager", regions=False, strict=True, **options), RULES, OPS)
         off = self.error(self.captured.rewritten(manager))
         return tuple(a / b for a, b in zip(off, self.eager, strict=True))
@@ -78,9 +82,13 @@ def rounding(request) -> Rounding:
 
 @pytest.mark.parametrize("who", WHO)
 def test_all_passes_together_round_no_worse_than_eager(rounding, who):
-    mean, largest = rounding.ratio(lowerings=WHO[who])
-    print(f"\nall passes, {who}: {mean:.3f} of eager's root mean square error, {largest:.3f} of its largest")
-    assert mean <= LIMIT
+    hold(f"all passes, {who}", rounding.ratio(lowerings=WHO[who]))
+
+
+def hold(what: str, ratio: tuple[float, ...]) -> None:
+    square, rows, largest = ratio
+    print(f"\n{what}: {square:.3f} of eager's root mean square error, {rows:.3f} by rows, {largest:.3f} of its largest")
+    assert max(square, rows) <= LIMIT
 
 
 if ALL:
@@ -89,6 +97,4 @@ if ALL:
     def test_each_pass_alone_rounds_no_worse_than_eager(rounding, name):
         passes = ("raise.*", name) if name.startswith("fuse.") else (name,)
         for who, lowerings in WHO.items():
-            mean, largest = rounding.ratio(passes=passes, lowerings=lowerings)
-            print(f"\n{name}, {who}: {mean:.3f} of eager's root mean square error, {largest:.3f} of its largest")
-            assert mean <= LIMIT
+            hold(f"{name}, {who}", rounding.ratio(passes=passes, lowerings=lowerings))
