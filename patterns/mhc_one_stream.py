@@ -33,14 +33,47 @@ def as_input(y: Any, X: Any) -> Any:
 
 def scaled(factor: Node, X: Node) -> Iterator[tuple[Node, Node]]:
     """Products of one factor a token and rows like the stream's, with the rows."""
-    for product in users(factor):
+    for product in readers(factor):
         if head(product) == "aten.mul" and rows(product, X):
             for row, by in (term(product).operands, term(product).operands[::-1]):
-                one_each = is_tensor(by) and strip(by) is factor and known(shape(by)[-1:] == (1,))
-                if one_each and is_tensor(row) and rows(row, X):
-                    yield product, row
+                alike = is_tensor(by) and bare(by) is factor and known(sum(shape(by)[-channels(product) :][:1]) == 1)
+                if alike and is_tensor(row) and rows(row, X):
+                    yield product, unmoved(row)
+
+
+def readers(x: Node) -> Iterator[Node]:
+    """Who reads x, through permutations that keep all in order too: einsum moves axes of size 1 about."""
+    for user in users(x):
+        yield from readers(user) if in_order(user) else (user,)
+
+
+def bare(x: Any) -> Node:
+    """What x was before views, casts and such permutations."""
+    while in_order(strip(x)):
+        x = strip(x).args[0]
+    return strip(x)
+
+
+def unmoved(x: Any) -> Node:
+    """x before such permutations."""
+    while in_order(x):
+        x = x.args[0]
+    return x
+
+
+def in_order(x: Any) -> bool:
+    if head(x) != "aten.permute":
+        return False
+    long = [d for d in x.args[1] if not known(shape(x.args[0])[d] == 1)]
+    return long == sorted(long)
 
 
 def rows(x: Node, X: Node) -> bool:
     """Whether x has a row for each of the stream's."""
-    return known(shape(x)[-1] == shape(X)[-1]) and known(math.prod(shape(x)) == math.prod(shape(X)))
+    return known(shape(x)[-channels(x)] == shape(X)[-1]) and known(math.prod(shape(x)) == math.prod(shape(X)))
+
+
+def channels(x: Node) -> int:
+    """Which axis of x is the last that is longer than 1, counted from the end."""
+    axes = range(1, len(shape(x)) + 1)
+    return next((i for i in axes if not known(shape(x)[-i] == 1)), 1)

@@ -204,6 +204,8 @@ ONE = {  # spellings of the mixture of one stream, and whether it is one
     "products": (lambda X, y, p, c: p.unsqueeze(-1) * y.unsqueeze(-2) + c.mT @ X, True),
     "a sum": (lambda X, y, p, c: (c.unsqueeze(-1) * X.unsqueeze(-2)).sum(-3) + y.unsqueeze(-2) * p.unsqueeze(-1), True),
     "without views": (lambda X, y, p, c: (p * y + c[:, 0] * X[:, 0]).unsqueeze(1), True),
+    "einsum": (lambda X, y, p, c: p.unsqueeze(-1) * y.unsqueeze(-2) + torch.einsum("nij,nid->njd", c, X), True),
+    "einsums": (lambda X, y, p, c: torch.einsum("nij,nid->njd", c, X) + torch.einsum("ni,nd->nid", p, y), True),
     "another number's factor": (lambda X, y, p, c: p * y.unsqueeze(-2) + c.mT @ X, False),
     "another stream": (lambda X, y, p, c: p.unsqueeze(-1) * y.unsqueeze(-2) + c.mT @ (X + 1), False),
     "less": (lambda X, y, p, c: c.mT @ X - p.unsqueeze(-1) * y.unsqueeze(-2), False),
