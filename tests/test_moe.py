@@ -336,6 +336,15 @@ PLANTED_IN_MANY = {
 }
 
 
+def test_counts_of_experts_that_only_the_data_knows(rewritten):
+    """As many as the largest that was chosen: experts are not found then, and right."""
+    args = case(N=7, k=2, X=4, dtype=torch.float32)[:6]
+    f = lambda *a: many(*a, ends=lambda chosen, order, X: torch.bincount(chosen, minlength=X).cumsum(0))  # noqa: E731
+    got, report = rewritten(f, *args)
+    close(got, f(*args), torch.float32)
+    assert report.counts["moe"] == 0
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_counts_of_a_length_that_depends_on_data(rewritten, first):
     """Those of the first numbers are the op's."""

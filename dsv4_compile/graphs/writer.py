@@ -14,6 +14,7 @@ from torch import fx
 from torch.fx import Node
 from torch.fx.node import map_aggregate, map_arg
 
+from ..errors import BrokenGraph
 from .graph import CAST, VIEWS, aten, call, head, is_tensor, known, literal, same_shape, size_node, users, value
 
 
@@ -34,7 +35,10 @@ class Writer:
         with self.graph.inserting_before(node):
             for write in FORMS.get(node.target, ()):
                 before = node.prev
-                new = write(self, node)
+                try:
+                    new = write(self, node)
+                except BrokenGraph:  # it needs a size that only the data knows
+                    new = None
                 if new is not None and alike(value(new), value(node), exactly=escapes(node)):
                     return self.replace(node, new)
                 while node.prev is not before and not node.prev.users:  # made in vain
