@@ -111,6 +111,17 @@ class BrokenGraph(DSV4Error):
         super().__init__(f"after {stage}: {what}")
 
 
+class PassesFailed(DSV4Error):
+    """Something in the passes raised, or the graph that they left does not hold together."""
+
+    def __init__(self, cause: BaseException):
+        what = str(cause).partition("\n")[0]  # a graph may follow
+        super().__init__(
+            f"the dsv4 passes failed: {type(cause).__name__}: {what}. The graph stays as it was. Name passes in "
+            "options={'disable': ...} until it works, or set {'strict': True} to see where it fails."
+        )
+
+
 class SitesMissing(DSV4Error):
     """Strict: a fusion did not find all the places that the model's modules hold."""
 

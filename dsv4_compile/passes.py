@@ -18,8 +18,9 @@ from torch.fx import Node
 from .accuracy.torch_bisect import left_out
 from .accuracy.verify import Verifier
 from .config import LOWER, Config
-from .errors import BrokenGraph, DSV4Error, DSV4Warning, LoweringFailed, RuleFailed, WrongRewrite
+from .errors import BrokenGraph, DSV4Error, DSV4Warning, LoweringFailed, PassesFailed, RuleFailed, WrongRewrite
 from .graphs.canonical import canonicalise
+from .graphs.copies import copied, put_back
 from .graphs.graph import contract, head, is_tensor, keeps, value, verify, where
 from .graphs.instances import module_path, number, site_id
 from .graphs.listing import difference, lines
@@ -123,7 +124,22 @@ class PassManager(CustomGraphPass):
         return identity(self.config)
 
     def __call__(self, graph: fx.Graph) -> None:
-        start, report = time.perf_counter(), GraphReport(nodes_before=len(graph.nodes))
+        """All passes, or under `strict` an error, or the graph as it was and a warning."""
+        before = None if self.config.strict else copied(graph)
+        report = GraphReport(nodes_before=len(graph.nodes))
+        try:
+            self.run(graph, report)
+        except Exception as error:
+            if before is None:
+                raise
+            put_back(graph, before)
+            failure, nodes = PassesFailed(error), len(graph.nodes)
+            left = GraphReport(nodes_before=nodes, nodes_after=nodes, failed=str(failure), undone=report.sites)
+            self.record(graph, left)
+            self.tell(failure, error)
+
+    def run(self, graph: fx.Graph, report: GraphReport) -> None:
+        start = time.perf_counter()
         promised = contract(graph)
         canonicalise(graph)
         number(graph)

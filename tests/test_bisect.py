@@ -169,6 +169,21 @@ def test_a_right_model_costs_two_compiles(model):
     assert found.compiles == 2 and not found.guilty and found.value <= found.threshold
 
 
+@pytest.mark.filterwarnings("ignore:the dsv4 passes failed")
+def test_a_rewrite_that_breaks_the_graph_is_guilty(model, monkeypatch):
+    lower = PassManager.lower
+
+    def planted(self, graph, report):
+        if any(site.fusion == "raise.softmax" for site in report.sites):
+            raise ValueError("planted")
+        lower(self, graph, report)
+
+    monkeypatch.setattr(PassManager, "lower", planted)
+    found = dsv4_compile.bisect(model, X)
+    ((guilty,),) = [g.sites for g in found.guilty]
+    assert guilty.fusion == "raise.softmax" and found.value == math.inf and found.rest <= found.threshold
+
+
 def test_metrics(model):
     def largest(got, want):
         return float(got.max() - want.max())

@@ -19,9 +19,10 @@ import pytest
 import torch
 
 from dsv4_compile.accuracy.bisect import Bisection, Hunt
-from dsv4_compile.accuracy.capture import Captured, copied, fake_mode
+from dsv4_compile.accuracy.capture import Captured, fake_mode
 from dsv4_compile.accuracy.metrics import logits
 from dsv4_compile.config import Config
+from dsv4_compile.graphs.copies import copied
 from dsv4_compile.lowerings import OPS
 from dsv4_compile.passes import PassManager
 from dsv4_compile.patterns import RULES

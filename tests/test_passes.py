@@ -142,6 +142,45 @@ def test_a_failing_rule_is_an_error_if_strict(rewritten_by, bad):
 # -- toggles
 
 
+def raises(graph):
+    raise ValueError("planted")
+
+
+def disorders(graph):
+    output, (first, *_) = graph.output_node(), [n for n in graph.nodes if n.op == "call_function"]
+    output.append(first)  # behind those that read it
+
+
+def empties(graph):
+    for node in reversed(list(graph.nodes)):
+        if node.op != "placeholder":
+            graph.erase_node(node)
+    graph.output(())
+
+
+HARM = {"planted": raises, "used before it has been defined": disorders, "outputs were": empties}
+
+
+@pytest.mark.parametrize("said", HARM)
+def test_passes_that_fail_leave_the_graph_as_it_was(rewritten_by, monkeypatch, said):
+    """Whatever state it is in by then; what they write into at last belongs to the caller."""
+
+    def f(x, w, cache):
+        cache.mul_(2)
+        return model(x, w) + cache
+
+    x, w, ours = torch.randn(3, 8), torch.rand(8), torch.ones(8)
+    monkeypatch.setattr("dsv4_compile.passes.scales_as_bytes", HARM[said])
+    with pytest.warns(DSV4Warning, match=f"the dsv4 passes failed: .*{said}.* The graph stays as it was"):
+        result, report = rewritten_by([norm.weighted], f, x, w, ours, strict=False)
+    torch.testing.assert_close(result, model(x, w) + 2)
+    torch.testing.assert_close(ours, torch.full((8,), 2.0))
+    assert "the dsv4 passes failed" in str(report) and report.rules["raise.rms_norm"] == 0
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=said):
+        rewritten_by([norm.weighted], f, x, w, ours, strict=True)
+
+
 def test_a_disabled_rule_is_neither_tried_nor_applied_to_patterns(rewritten):
     gate, up = torch.randn(4, 6), torch.randn(4, 6)
     f = lambda g, u: F.silu(g.clamp(max=2.0)) * u.clamp(-2.0, 2.0)  # noqa: E731

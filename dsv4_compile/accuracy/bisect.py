@@ -1,5 +1,6 @@
 """Which rewrites make a model wrong?  The model is captured once and run with more and fewer of them, by delta debugging."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -131,12 +132,13 @@ class Hunt:
         self.known: dict[frozenset[str], float] = {}
 
     def compile(self, sites: Sequence[str]) -> tuple[float, Report]:
-        """The metric with these rewrites alone; globs are understood."""
+        """The metric with these rewrites alone; globs are understood. Infinite if the graph does not hold together then."""
         self.charge()
         config = replace(self.config, sites=tuple(sites))
         manager = PassManager(config, self.rules, self.ops)
         got = self.captured.rewritten(manager)
-        return metrics.finite(self.measure(got, self.want)), manager.report
+        failed = any(g.failed for g in manager.report.graphs)
+        return math.inf if failed else metrics.finite(self.measure(got, self.want)), manager.report
 
     def charge(self) -> None:
         if self.compiles >= self.budget:
@@ -166,7 +168,7 @@ class Hunt:
         if base > threshold:
             raise AlreadyWrong(name, base, threshold)
         value, report = self.compile(self.config.sites)
-        self.sites = [s for g in report.graphs for s in g.sites]
+        self.sites = [s for g in report.graphs for s in (*g.sites, *g.undone)]
         found = Bisection(name, threshold, len(self.sites), value, rest=value)
         self.tell(f"{len(self.sites)} rewrites, {name} {value:.3g}")
         rest = [s.id for s in self.sites]

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import TracedAgain
 from ..graphs.canonical import canonicalise
+from ..graphs.copies import copied
 from ..graphs.instances import inline_regions
 from ..passes import PassManager
 from ..reporting.explain import buffers_kept, fresh
@@ -48,14 +49,6 @@ class Slot(CustomGraphPass):
             return fx.Interpreter(self.root, graph=self.now).run(*args)
 
         return make_boxed_func(run)
-
-
-def copied(graph: fx.Graph) -> fx.Graph:
-    """A graph of its own with the same fake values, which nobody changes."""
-    new = fx.Graph()
-    output = new.graph_copy(graph, {})
-    new.output(output).meta = dict(graph.output_node().meta)
-    return new
 
 
 class Captured:

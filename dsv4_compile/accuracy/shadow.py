@@ -9,13 +9,14 @@ from torch import fx
 from torch.fx import Node
 
 from .. import config as configuration
+from ..graphs.copies import copied
 from ..lowerings import OPS, contract_of
 from ..match import Match, Rule
 from ..op import DEVICES, Op
 from ..passes import PassManager
 from ..patterns import RULES
 from ..reporting.report import GraphReport
-from .capture import Captured, copied, fake_mode
+from .capture import Captured, fake_mode
 from .cut import Cut, by_meaning, evaluate
 from .metrics import finite, logits
 from .verify import Check, Values, Verifier

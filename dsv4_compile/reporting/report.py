@@ -67,6 +67,8 @@ class GraphReport:
     bodies: Counter[int] = field(default_factory=Counter)  # index of a body -> calls of it from this graph
     layers: list[str] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)  # what no rewrite took
+    failed: str = ""  # why the graph was put back as it was
+    undone: list[Site] = field(default_factory=list)  # rewrites that were made by then
 
     @property
     def runs(self) -> Counter[tuple[str, str]]:

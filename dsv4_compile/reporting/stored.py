@@ -23,7 +23,7 @@ from ..match import NearMiss
 from .report import GraphReport, Ran, Report, Site
 from .unclaimed import Left
 
-VERSION = 1
+VERSION = 2
 
 
 def place(gm: torch.fx.GraphModule, inputs: Sequence[Any], config: Config) -> Path:
@@ -89,7 +89,9 @@ def decoded(content: dict[str, Any]) -> Report:
     graphs = []
     for given in content["graphs"]:
         graph = GraphReport(**given)
-        graph.sites = [Site(**{**s, "absorbs": tuple(s["absorbs"])}) for s in given["sites"]]
+        graph.sites, graph.undone = (
+            [Site(**{**s, "absorbs": tuple(s["absorbs"])}) for s in given[name]] for name in ("sites", "undone")
+        )
         graph.misses = [NearMiss(**m) for m in given["misses"]]
         graph.ran = [Ran(**r) for r in given["ran"]]
         graph.left = [Left(**part) for part in given["left"]]

@@ -105,6 +105,8 @@ def _lines(report: Report) -> list[str]:
     if report.checks:
         lines += ["", f"verify: {len(report.checks)} rewrites tried, {len(report.mismatches)} left out as wrong"]
         lines += [f"  {c}" for c in report.checks if c.reason]
+    for failed in dict.fromkeys(g.failed for g in report.graphs if g.failed):
+        lines += ["", failed]
     if report.hint:
         lines += ["", report.hint]
     misses = report.misses
