@@ -42,7 +42,7 @@ class Config:
     cudagraphs: Inductor's own CUDA graphs, in the place of `capture`; off in mode="prefill", else as torch is set.
     autotune: how kernels are configured. "cached": as timings in the cache say, else as a cost model does; "off": by the cost
         model; "full": as "cached", and what the cache lacks is timed now. For the whole process, as the latest compile says.
-    batch_invariant: results of a token do not depend on how many others there are: no kernel divides its sums by that number.
+    batch_invariant: kernels of attention, indexer and norms do not divide their sums by the number of tokens.
         Once one compile asks for it, all kernels of the process keep to it.
     """
 
