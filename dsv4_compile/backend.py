@@ -58,12 +58,11 @@ def build(
     eager = chosen_inner(config.inner, example_inputs) == "eager"
     if eager or config.explain or config.diff:
         keep_source_lines(gm)
+    example_inputs = hold_floats_of_modules(gm, example_inputs)
     report.sites = sites.in_graph(gm)
     if needs_gradients(gm, example_inputs):
         report.skipped = GRADIENTS
         warnings.warn(GRADIENTS, DSV4Warning, stacklevel=2)
-    else:
-        example_inputs = hold_floats_of_modules(gm, example_inputs)
     report.hint = FLOATS_ARE_INPUTS if takes_floats(gm) else ""
     parts = None if report.skipped else taken_apart(gm, example_inputs)
     if parts is None:

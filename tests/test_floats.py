@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dsv4_compile.backend import backend
+from dsv4_compile.errors import DSV4Warning
 
 
 class Layer(nn.Module):
@@ -63,6 +64,15 @@ def test_where_torch_has_no_regions_with_floats_they_are_written_out(eps):
         x = torch.randn(4, 7)
         close(run(x, shift), model(x, shift))
     assert all(r.rules["raise.unit_norm"] == len(eps) for r in reports)
+
+
+def test_a_graph_that_needs_gradients_is_traced_once_too():
+    model, x = Stack(), torch.randn(4, 7, requires_grad=True)
+    with pytest.warns(DSV4Warning) as caught:
+        (got,) = torch.autograd.grad(compiled(model, [])(x).square().sum(), [x])
+    (want,) = torch.autograd.grad(model(x).square().sum(), [x])
+    close(got, want)
+    assert sum(w.category is DSV4Warning for w in caught) == 1
 
 
 def test_a_float_that_is_a_result_stays_one():
