@@ -16,6 +16,7 @@ from dsv4_compile.lowerings.attention import attention, dense_attention
 from dsv4_compile.lowerings.compressor import compressor
 from dsv4_compile.lowerings.compressor_append import compressor_append
 from dsv4_compile.lowerings.dequantize import dequantize
+from dsv4_compile.lowerings.experts import experts
 from dsv4_compile.lowerings.grouped_mm import grouped_mm
 from dsv4_compile.lowerings.head import head, mtp_join
 from dsv4_compile.lowerings.indexer import indexer
@@ -27,6 +28,7 @@ from dsv4_compile.lowerings.moe import moe
 from dsv4_compile.lowerings.norm import rms_norm, unit_norm
 from dsv4_compile.lowerings.output_projection import output_projection
 from dsv4_compile.lowerings.pointwise import silu, softmax, softplus, swiglu
+from dsv4_compile.lowerings.prologue import PROLOGUES
 from dsv4_compile.lowerings.rope import norm_rope, rope
 from dsv4_compile.lowerings.router import expert_gates, router
 from dsv4_compile.lowerings.shared_expert import shared_expert
@@ -235,6 +237,14 @@ class Cases:
         yield Case("cache write", append, lambda: (ring(), slot(), self.x(B, T, d)))
         keys = lambda: (ring(), slot(), self.x(B, T, d), self.draw(d), EPS, *self.tables(B, T))  # noqa: E731
         yield Case("norm and RoPE of keys, cache write", norm_rope_append, keys)
+        kinds = {"": (), ", 128 to 1": (HCA,), ", 4 to 1 twice": (CSA, CSA)}
+        for what, compressors in kinds.items():
+            queries = lambda: (self.x(B, T, c.num_attention_heads, d), EPS, *self.tables(B, T, 1))  # noqa: E731
+            memories = lambda kinds=compressors: (  # noqa: E731
+                x for kind in kinds for x in self.closed(c.compress_rates[kind], kind == CSA)
+            )
+            made = lambda q=queries, m=memories: (*q(), *keys(), *m())  # noqa: E731
+            yield Case(f"before attention{what}", PROLOGUES[len(compressors)], made)
 
     def products(self) -> Iterator[Case]:
         c, N = self.c, self.N
@@ -323,6 +333,29 @@ class Cases:
         for format in ("none", "fp8"):
             name = "bf16" if format == "none" else format
             yield Case(f"shared expert's end, {name}", shared_expert, lambda f=format: shared(f))
+
+        def into_streams() -> Inputs:
+            n = c.hc_mult
+            coefficients = torch.rand(N, n, device=self.device), torch.rand(N, n, n, device=self.device)
+            return *shared("none"), None, None, self.x(N, n, D), *coefficients
+
+        yield Case("shared expert's end and mHC, bf16", shared_expert, into_streams)
+
+        def whole(format: str, own: str) -> Inputs:
+            (w1, s1), (w3, s3), (w2, s2) = (self.stacked(*s, format=format) for s in ((I, D), (I, D), (D, I)))
+            (v1, *r1), (v3, *r3), (v2, *r2) = (self.matrix(*s, format=own) for s in ((I, D), (I, D), (D, I)))
+            r = [r1[0], r3[0], r2[0]] if r1 else [None] * 3
+            gates = self.draw(N, X), k, c.routed_scaling_factor, EPS
+            rest = c.swiglu_limit, self.draw(X) * 0.1, None, s1, s3, s2, None, None, None, *r
+            return self.x(N, D), *gates, w1, w3, w2, c.swiglu_limit, v1, v3, v2, *rest
+
+        def few_of(args: Inputs) -> tuple[Inputs, int]:
+            x, logits, *rest = args
+            return (x[:FEW], logits[:FEW], *rest), X
+
+        for format, own in (("none", "none"), ("mxfp4", "fp8")):
+            name = "bf16" if format == "none" else f"{format} and {own}"
+            yield Case(f"all experts, {name}", experts, lambda f=format, o=own: whole(f, o), few_of)
 
         def grouped() -> Inputs:
             count = (chosen().flatten().unsqueeze(-1) == torch.arange(X, device=self.device)).sum(0)

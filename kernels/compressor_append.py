@@ -38,6 +38,11 @@ class Step(Compressor):
         of_warp.follow()
         v, _, _ = cute.arch.thread_idx()
         batch, _, _ = cute.arch.block_idx()
+        self.go(values, gates, entries, slot, c, z, ape, place, index, weight, cos, sin, target, eps, batch, v)
+
+    @cute.jit
+    def go(self, values, gates, entries, slot, c, z, ape, place, index, weight, cos, sin, target, eps, batch, v):
+        """One sequence."""
         closed = index[batch, 0, self.rows - 1] >= 0  # asked for before anything is written, as is where the entry goes
         pool = Int32(target[batch, 0])
         if v < self.d // VECTOR:
@@ -72,12 +77,18 @@ def program(shape: Shape, config: Config):
     """values and gates [B, S, C] fp32, entries [B, P, d], slot [B, 1] int64, c and z [B, 1, C] fp32, ape [m, C] fp32, place
     [B, 1] int64, index [B, 1, rows] int64, weight [d], cos and sin [B, 1, rope / 2] fp32, target [B, 1] int64, eps; the
     first three are written, at rows slot mod S and target. The bias is row place mod m."""
-    B, d = cute.sym_int(), shape.d
+    arguments = (*arguments_of(shape, cute.sym_int()), Float32(0.0), stream())
+    return Step(shape, config), arguments
+
+
+def arguments_of(shape: Shape, B):
+    """All tensors."""
+    d = shape.d
     C, S, P = (1 + shape.overlap) * d, cute.sym_int(), cute.sym_int()
     of_entries, of_weight = DTYPES[shape.entries], DTYPES[shape.weight]
     one = lambda: fake(Int64, B, 1, align=8)  # noqa: E731
     table = lambda: fake(Float32, B, 1, shape.rope // 2, align=4)  # noqa: E731
-    arguments = (
+    return (
         fake(Float32, B, S, C),
         fake(Float32, B, S, C),
         fake(of_entries, B, P, d, align=VECTOR * of_entries.width // 8),
@@ -91,10 +102,7 @@ def program(shape: Shape, config: Config):
         table(),
         table(),
         one(),
-        Float32(0.0),
-        stream(),
     )
-    return Step(shape, config), arguments
 
 
 KERNEL = Kernel("compressor_append", __file__, program, compressor.configs)

@@ -110,7 +110,7 @@ class Program:
         N = q.shape[0]
         if const_expr(self.apart):
             self.write_scores(q, keys, w, visible, cos, sin, scores, out.shape[1], T).launch(
-                grid=[width, N, 1], block=[32 * SCORERS, 1, 1], min_blocks_per_mp=1, stream=stream
+                grid=[width, N, 1], block=[32 * SCORERS, 1, 1], min_blocks_per_mp=1, stream=stream, use_pdl=True
             )
         self.select(q, keys, w, visible, cos, sin, scores, out, T).launch(
             grid=[self.blocks * N, 1, 1],
@@ -118,7 +118,7 @@ class Program:
             cluster=[self.blocks, 1, 1],
             min_blocks_per_mp=1,
             stream=stream,
-            use_pdl=self.apart,
+            use_pdl=True,
         )
 
     def seen(self, visible, keys, token):
@@ -129,11 +129,11 @@ class Program:
 
     @cute.kernel
     def write_scores(self, q, keys, w, visible, cos, sin, scores, k, T):
+        of_warp.follow()
         thread, _, _ = cute.arch.thread_idx()
         block, token, _ = cute.arch.block_idx()
         width, _, _ = cute.arch.grid_dim()
         n = self.seen(visible, keys, token)
-        cute.arch.griddepcontrol_launch_dependents()
         if n > k:
             warp = cute.arch.make_warp_uniform(thread // 32)
             weights = cutlass.memory.SmemAllocator().allocate_tensor(Float32, cute.make_layout((64,)), 128)
@@ -257,6 +257,8 @@ class Program:
 
     @cute.kernel
     def select(self, q, keys, w, visible, cos, sin, scores, out, T):
+        if const_expr(not self.apart):
+            of_warp.follow()
         thread, _, _ = cute.arch.thread_idx()
         place, _, _ = cute.arch.block_idx()
         rank, token = place % self.blocks, place // self.blocks
@@ -266,7 +268,7 @@ class Program:
         n = self.seen(visible, keys, token)
         if n <= k:
             if const_expr(self.apart):
-                cute.arch.griddepcontrol_wait()  # the launches behind this one rely on it
+                of_warp.follow()  # the launches behind this one rely on it
             for i in cutlass.range(rank * self.threads + thread, k, self.blocks * self.threads):
                 out[token, i] = Int64(i) if i < n else Int64(-1)
         else:
@@ -276,7 +278,7 @@ class Program:
             first = rank * share
             mine = cutlass.max(cutlass.min(n - first, share), 0)
             if const_expr(self.apart):
-                cute.arch.griddepcontrol_wait()
+                of_warp.follow()
                 self.fetch(cute.recast_tensor(scores[token, None], Float32), first, mine, room, thread)
             else:
                 warp = cute.arch.make_warp_uniform(thread // 32)

@@ -1,7 +1,8 @@
 """Few vectors times several stored matrices, in one launch: see `gemv`, and `stream`.
 
-The matrices are read as if their rows lay one after the other, each filled up to whole sixteens of them. With RMSNorm in
-front, every warp finds the sizes of the vectors by itself: they are short, and lie in the first cache.
+The matrices are read as if their rows lay one after the other, each filled up to whole sixteens of them; those of another
+format by other blocks. With RMSNorm in front, every warp finds the sizes of the vectors by itself: they are short, and lie in
+the first cache.
 """
 
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from cutlass import Float32, Int32, const_expr
 
 from dsv4_compile.kernel import Kernel, fake
 from dsv4_compile.kernel import stream as current
-from dsv4_compile.kernels import stored
+from dsv4_compile.kernels import side_by_side, stored
 from dsv4_compile.kernels.gemv import scale_argument
 from dsv4_compile.kernels.stored import LANES
 from dsv4_compile.kernels.stream import DTYPES, ROWS, Config, Stream, Work, configs_of, kind, loaded
@@ -43,6 +44,22 @@ class Shape:
     @property
     def work(self) -> Work:
         return Work(self.format, self.e8m0, self.dtype, self.M, self.K, 1, self.ends[-1], 1)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Matrices of two formats, without a norm."""
+
+    first: Shape
+    second: Shape
+
+
+@dataclass(frozen=True)
+class Both:
+    """Of blocks of as many warps."""
+
+    first: Config
+    second: Config
 
 
 class Linears(Stream):
@@ -124,6 +141,11 @@ class Linears(Stream):
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         self.allocate()
+        self.go(x, norm, eps, weights, scales, ys, early, block, thread)
+
+    @cute.jit
+    def go(self, x, norm, eps, weights, scales, ys, early, block, thread):
+        """The tiles of a block."""
         self.ys, self.weights = ys, [w.iterator.toint() for w in weights]
         self.scales_at = self.weights
         if const_expr(scales is not None):
@@ -138,11 +160,57 @@ class Linears(Stream):
         self.run(thread)
 
 
-def program(shape: Shape, config: Config):
+class TwoFormats:
+    def __init__(self, shape: Mixed, config: Both):
+        parts, both = (shape.first, shape.second), (config.first, config.second)
+        works = [part.work for part in parts]
+        self.parts = [kind(Linears, c)(part, c) for part, c in zip(parts, both, strict=True)]
+        self.counts, self.some = [len(part.rows) for part in parts], [part.format in stored.GROUP for part in parts]
+        for part, grid in zip(self.parts, side_by_side.blocks(*works, both), strict=True):
+            part.grid, part.turns = grid, -(-part.tiles // grid)
+        self.bytes = side_by_side.memory(*works, both)
+
+    @cute.jit
+    def __call__(self, x: cute.Tensor, weights, scales, ys, early: Int32, stream):
+        first, second = self.parts
+        self.kernel(x, weights, scales, ys, early).launch(
+            grid=[first.grid + second.grid, 1, 1], block=[first.threads, 1, 1], stream=stream, use_pdl=True
+        )
+
+    @cute.kernel
+    def kernel(self, x, weights, scales, ys, early):
+        thread, _, _ = cute.arch.thread_idx()
+        block, _, _ = cute.arch.block_idx()
+        base = cutlass.memory.SmemAllocator().allocate(self.bytes, 128)
+        if block < self.parts[0].grid:
+            self.part(0, base, x, weights, scales, ys, early, block, thread)
+        else:
+            self.part(1, base, x, weights, scales, ys, early, block - self.parts[0].grid, thread)
+
+    @cute.jit
+    def part(self, i: cutlass.Constexpr, base, x, weights, scales, ys, early, block, thread):
+        n = self.counts[0]
+        mine = slice(n) if const_expr(i == 0) else slice(n, None)
+        first = self.counts[0] if const_expr(i == 1 and self.some[0]) else 0
+        of_mine = scales[first : first + self.counts[i]] if const_expr(self.some[i]) else None
+        self.parts[i].allocate(side_by_side.Arena(base, self.bytes))
+        self.parts[i].go(x, None, Float32(0.0), weights[mine], of_mine, ys[mine], early, block, thread)
+
+
+def program(shape: Shape | Mixed, config: Config | Both):
     """x [M, K], norm [K] or None, eps, weights [R_i, row] of 32-bit words, scales (bytes, or fp32) or None -> ys [M, R_i].
-    early: as in `gemv`."""
+    early: as in `gemv`. Of two formats without norm and eps, first weights, scales and ys of the first, then those of the
+    second; scales of what has some."""
+    if isinstance(shape, Mixed):
+        (x, _, _, *one), (_, _, _, *other) = (arguments_of(part) for part in (shape.first, shape.second))
+        joined = [tuple(a or ()) + tuple(b or ()) or None for a, b in zip(one[:3], other[:3], strict=True)]
+        return TwoFormats(shape, config), (x, *joined, Int32(0), current())
+    return kind(Linears, config)(shape, config), (*arguments_of(shape), Int32(0), current())
+
+
+def arguments_of(shape: Shape):
     words, some = stored.Format(shape.format).row_bytes(shape.K) // 4, shape.format in stored.GROUP
-    arguments = (
+    return (
         fake(DTYPES[shape.dtype], shape.M, shape.K),
         None if shape.norm == "none" else fake(DTYPES[shape.norm], shape.K),
         Float32(0.0),
@@ -152,13 +220,12 @@ def program(shape: Shape, config: Config):
             fake(DTYPES[out], shape.M, rows, align=DTYPES[out].width // 8)
             for out, rows in zip(shape.outs, shape.rows, strict=True)
         ),
-        Int32(0),
-        current(),
     )
-    return kind(Linears, config)(shape, config), arguments
 
 
-def configs(shape: Shape) -> Iterator[Config]:
+def configs(shape: Shape | Mixed) -> Iterator[Config] | Iterator[Both]:
+    if isinstance(shape, Mixed):
+        return (Both(*both) for both in side_by_side.pairs(shape.first.work, shape.second.work))
     return configs_of(shape.work)
 
 
@@ -168,3 +235,8 @@ KERNEL = Kernel("linears", __file__, program, configs)
 def launch(shape: Shape, x, norm, eps: float, weights, scales, ys, early: int = 0) -> None:
     """See `program`."""
     KERNEL.launcher(shape)(x, norm, eps, weights, scales, ys, early)
+
+
+def launch_mixed(shape: Mixed, x, weights, scales, ys, early: int = 0) -> None:
+    """See `program`."""
+    KERNEL.launcher(shape)(x, weights, scales, ys, early)

@@ -52,6 +52,15 @@ class Config:
     down: stream.Config
 
 
+@cute.jit
+def swiglu(g, u, limit):
+    """Clamped; NaN stays."""
+    g = limit if g > limit else g
+    u = limit if u > limit else u
+    u = -limit if u < -limit else u
+    return g / (Float32(1.0) + cute.math.exp(-g)) * u
+
+
 class GateUp(stream.Stream):
     def __init__(self, shape: Shape, config: stream.Config):
         super().__init__(shape.up, config)
@@ -73,6 +82,11 @@ class GateUp(stream.Stream):
         if const_expr(self.overlaps):
             cute.arch.griddepcontrol_wait()  # nothing is known before
         e = Int64(expert[token, j])
+        self.go(x, token, choice, e, gate[token, j], w1, w3, s1, s3, t1, t3, limit, h, block, thread)
+
+    @cute.jit
+    def go(self, x, token, choice, e, share, w1, w3, s1, s3, t1, t3, limit, h, block, thread):
+        """The tiles of a block, of one choice: expert e, and what its hidden numbers are multiplied by."""
         self.weights = [w.iterator.toint() + e * self.matrix for w in (w1, w3)]
         self.scales_at = self.weights
         if const_expr(s1 is not None):
@@ -84,7 +98,7 @@ class GateUp(stream.Stream):
         self.by_gate, self.by_up = Float32(self.back), Float32(self.back)
         if const_expr(t1 is not None):
             self.by_gate, self.by_up = self.by_gate * t1[e], self.by_up * t3[e]
-        self.share, self.limit, self.h, self.choice = gate[token, j], limit, h, choice
+        self.share, self.limit, self.h, self.choice = share, limit, h, choice
         cute.arch.barrier()
         self.run(thread)
 
@@ -102,10 +116,7 @@ class GateUp(stream.Stream):
             row = thread // HALF * ROWS + thread % HALF
             g = self.total(parity, 0, row) * self.by_gate
             u = self.total(parity, 0, row + HALF) * self.by_up
-            g = self.limit if g > self.limit else g  # NaN stays
-            u = self.limit if u > self.limit else u
-            u = -self.limit if u < -self.limit else u
-            h = g / (Float32(1.0) + cute.math.exp(-g)) * u * self.share
+            h = swiglu(g, u, self.limit) * self.share
             hidden[self.choice, column] = h.to(self.dtype)
 
 
@@ -143,6 +154,11 @@ class Down(stream.Stream):
             if const_expr(t2 is not None):
                 factors[thread] = t2[expert[token, thread]]
         cute.arch.barrier()
+        self.go(h, w2, s2, factors if t2 is not None else None, y, block, token, thread)
+
+    @cute.jit
+    def go(self, h, w2, s2, factors, y, block, token, thread):
+        """The tiles of a block, when the token's experts are known."""
         self.weight_at, self.token, self.y = w2.iterator.toint(), token, y
         self.scales_at = self.weight_at
         if const_expr(s2 is not None):
@@ -155,7 +171,7 @@ class Down(stream.Stream):
         columns = self.k * self.K
         whole = cute.make_layout((1, columns), stride=(columns, 1))
         rows = cute.make_tensor(h[token * self.k, None].iterator, whole)
-        self.stage_vectors(rows, factors if t2 is not None else None, thread)
+        self.stage_vectors(rows, factors, thread)
         cute.arch.barrier()
         self.run(thread)
 

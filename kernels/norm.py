@@ -62,6 +62,11 @@ class RMSNorm:
         of_warp.follow()
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
+        self.go(x, weight, cos, sin, out, slot, eps, inner, T, block, thread)
+
+    @cute.jit
+    def go(self, x, weight, cos, sin, out, slot, eps, inner, T, block, thread):
+        """The rows of a block."""
         here, t = thread // self.threads, thread % self.threads
         row = block * self.rows + here
         inside = row < x.shape[0]

@@ -1,5 +1,4 @@
-"""The router: one block a token, one thread an expert. A score's place among all is the number of those before it: each thread
-counts them, which is little code and no chain of reductions."""
+"""The router: one block a token, one thread an expert. A warp then takes the best ones, one after the other."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from dsv4_compile.kernels import warps as of_warp
 
 LANES = 32
 SMALLEST = -(2**31)
-TOGETHER = 4  # scores that are read at once
+LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -27,9 +26,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Config:
-    """unroll: of the loop that counts."""
-
-    unroll: int
+    """There is one."""
 
 
 def sqrt_softplus(x: Float32) -> Float32:
@@ -44,10 +41,70 @@ def sortable(x: Float32) -> Int32:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
+@cute.jit
+def best(keys, lane, k: cutlass.Constexpr):
+    """For lane i < k the place of the i-th largest key, the lowest among equals. keys [whole warps] are SMALLEST where there is
+    none."""
+    runs, found = const_expr(cute.size(keys) // LANES), Int32(0)
+    mine = cute.make_rmem_tensor((runs,), Int32)
+    for i in cutlass.range_constexpr(runs):
+        mine[i] = keys[i * LANES + lane]
+    for rank in cutlass.range(k, unroll=1):
+        top, at = mine[0], lane
+        for i in cutlass.range_constexpr(1, runs):
+            better = mine[i] > top
+            top = mine[i] if better else top
+            at = lane + i * LANES if better else at
+        largest = cute.arch.warp_redux_sync(top, "max")
+        first = cute.arch.warp_redux_sync(at if top == largest else Int32(LARGEST), "min")
+        found = first if lane == rank else found
+        for i in cutlass.range_constexpr(runs):
+            mine[i] = Int32(SMALLEST) if first == lane + i * LANES else mine[i]
+    return found
+
+
+@cute.jit
+def choose(logits, bias, expert, keys, scores, thread, threads: cutlass.Constexpr, k: cutlass.Constexpr):
+    """Of one token, by a block: lane i < k of each warp gets the i-th choice and its score; others get 0. logits and bias [X],
+    keys and scores [whole warps] in shared memory; without bias, expert [k] says what the choices are."""
+    lane, experts = thread % LANES, const_expr(cute.size(logits))
+    choice, score = Int32(0), Float32(0.0)
+    if const_expr(bias is None):
+        if lane < k:
+            choice, score = Int32(expert[lane]), Float32(float("nan"))
+            if choice >= 0 and choice < experts:
+                score = sqrt_softplus(logits[choice])
+    else:
+        for i in cutlass.range_constexpr(-(-cute.size(keys) // threads)):
+            at = i * threads + thread
+            if at < cute.size(keys):
+                keys[at] = Int32(SMALLEST)
+                if at < experts:
+                    found = sqrt_softplus(logits[at])
+                    keys[at] = sortable(found + bias[at])
+                    scores[at] = found
+        cute.arch.barrier()
+        choice = best(keys, lane, k)
+        if lane < k:
+            score = scores[choice]
+    return choice, score
+
+
+@cute.jit
+def share(score, lane, scale, eps):
+    """Of lane i, the gate of the i-th choice."""
+    return score / (cute.arch.warp_reduction_sum(score) + eps) * scale
+
+
+def whole(experts: int) -> int:
+    """Filled up to whole warps."""
+    return -(-experts // LANES) * LANES
+
+
 class Program:
     def __init__(self, shape: Shape, config: Config):
-        self.experts, self.k, self.chosen, self.unroll = shape.experts, shape.k, shape.chosen, config.unroll
-        self.threads = LANES if shape.chosen else -(-shape.experts // LANES) * LANES
+        self.experts, self.k, self.chosen = shape.experts, shape.k, shape.chosen
+        self.threads = LANES if shape.chosen else whole(shape.experts)
 
     @cute.jit
     def __call__(
@@ -68,49 +125,20 @@ class Program:
     def kernel(self, logits, bias, expert, gate, scale, eps):
         thread, _, _ = cute.arch.thread_idx()
         token, _, _ = cute.arch.block_idx()
-        row = logits[token, None]
-        smem = cutlass.memory.SmemAllocator()
-        score = Float32(0.0)
-        if const_expr(self.chosen):
-            of_warp.follow()
-            if thread < self.k:
-                e = expert[token, thread]
-                score = Float32(float("nan"))
-                if e >= 0 and e < self.experts:
-                    score = sqrt_softplus(row[e])
-        else:
+        keys, scores = None, None
+        if const_expr(not self.chosen):
+            smem = cutlass.memory.SmemAllocator()
             keys = smem.allocate_tensor(Int32, cute.make_layout((self.threads,)), 16)
-            best = smem.allocate_tensor(Float32, cute.make_layout((LANES,)), 16)
-            mine, key = Float32(0.0), Int32(SMALLEST)
-            of_warp.follow()
-            if thread < self.experts:
-                mine = sqrt_softplus(row[thread])
-                key = sortable(mine + bias[thread])
-            keys[thread] = key
-            cute.arch.barrier()
-            place = self.before(keys, key, thread)
-            if thread < self.experts and place < self.k:
-                expert[token, place] = Int64(thread)
-                best[place] = mine
-            cute.arch.barrier()
-            if thread < self.k:
-                score = best[thread]
+            scores = smem.allocate_tensor(Float32, cute.make_layout((self.threads,)), 16)
+        of_warp.follow()
+        row = cute.make_tensor(logits[token, None].iterator, cute.make_layout((self.experts,)))
+        choice, score = choose(row, bias, expert[token, None], keys, scores, thread, self.threads, self.k)
         if thread < LANES:
-            total = cute.arch.warp_reduction_sum(score)
+            result = share(score, thread, scale, eps)
             if thread < self.k:
-                gate[token, thread] = score / (total + eps) * scale
-
-    @cute.jit
-    def before(self, keys, key, thread):
-        """How many are larger, or equal and of a lower expert."""
-        fours, count = cute.zipped_divide(keys, (TOGETHER,)), Int32(0)
-        for i in cutlass.range(self.threads // TOGETHER, unroll=self.unroll):
-            others = cute.make_rmem_tensor((TOGETHER,), Int32)
-            cute.autovec_copy(fours[None, i], others)
-            for j in cutlass.range_constexpr(TOGETHER):
-                equal = others[j] == key and i * TOGETHER + j < thread
-                count = count + (Int32(1) if others[j] > key or equal else Int32(0))
-        return count
+                gate[token, thread] = result
+                if const_expr(not self.chosen):
+                    expert[token, thread] = choice.to(Int64)
 
 
 def program(shape: Shape, config: Config):
@@ -130,8 +158,7 @@ def program(shape: Shape, config: Config):
 
 
 def configs(shape: Shape) -> Iterator[Config]:
-    for unroll in (1,) if shape.chosen else (4, 2, 8):
-        yield Config(unroll)
+    yield Config()
 
 
 KERNEL = Kernel("router", __file__, program, configs)

@@ -1,5 +1,5 @@
-"""The end of a shared expert: SwiGLU, its last matrix, and the sum with what the routed experts gave, in one launch. See
-`stream` and `gemv`: the vectors are made of gate and up as they are staged."""
+"""The end of a shared expert: SwiGLU, its last matrix, the sum with what the routed experts gave, and mHC's post, in one
+launch. See `stream` and `gemv`: the vectors are made of gate and up as they are staged."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ from dsv4_compile.kernels.stream import DTYPES, ROWS, Config, Stream, Work, conf
 
 @dataclass(frozen=True)
 class Shape:
-    """y[m] = routed[m] + W swiglu(gate[m], up[m]): W of R rows and K columns; M, format, e8m0 and dtype as in `gemv.Shape`."""
+    """y[m] = routed[m] + W swiglu(gate[m], up[m]): W of R rows and K columns; M, format, e8m0 and dtype as in `gemv.Shape`.
+    streams: of mHC, into which y goes, or 0."""
 
     M: int
     R: int
@@ -25,6 +26,7 @@ class Shape:
     format: str
     e8m0: bool
     dtype: str
+    streams: int = 0
 
     @property
     def work(self) -> Work:
@@ -34,7 +36,7 @@ class Shape:
 class SharedExpert(Stream):
     def __init__(self, shape: Shape, config: Config):
         super().__init__(shape.work, config)
-        self.R = shape.R
+        self.R, self.n = shape.R, shape.streams
         self.scale_row, self.scale_matrix = self.format.scale_bytes(shape.R, shape.K)
 
     @cute.jit
@@ -47,11 +49,14 @@ class SharedExpert(Stream):
         scale,
         scale_2,
         routed: cute.Tensor,
+        X,
+        post,
+        comb,
         y: cute.Tensor,
         early: Int32,
         stream,
     ):
-        self.kernel(gate, up, limit, weight, scale, scale_2, routed, y, early).launch(
+        self.kernel(gate, up, limit, weight, scale, scale_2, routed, X, post, comb, y, early).launch(
             grid=[self.grid * self.split, 1, 1],
             block=[self.threads, 1, 1],
             cluster=[self.split, 1, 1],
@@ -83,7 +88,22 @@ class SharedExpert(Stream):
         y, routed, at = self.y, self.routed, tile * self.rows_of_tile + row
         if at < self.R:
             mine = (value * self.by).to(self.dtype)  # as a matrix product gives it
-            y[m, at] = (routed[m, at] + Float32(mine)).to(self.dtype)
+            total = (routed[m, at] + Float32(mine)).to(self.dtype)
+            if const_expr(self.n == 0):
+                y[m, at] = total
+            else:
+                self.mix(m, at, Float32(total))
+
+    @cute.jit
+    def mix(self, m, at, new):
+        """See `mhc.Post`."""
+        X, post, comb, y = self.X, self.post, self.comb, self.y
+        old = [Float32(X[m, j, at]) for j in range(self.n)]
+        for k in cutlass.range_constexpr(self.n):
+            total = new * post[m, k]
+            for j in cutlass.range_constexpr(self.n):
+                total = total + old[j] * comb[m, j, k]
+            y[m, k, at] = total.to(self.dtype)
 
     @cute.jit
     def fetch_ahead(self, thread):
@@ -93,11 +113,12 @@ class SharedExpert(Stream):
             self.fetch_row(self.weight_at, row)
 
     @cute.kernel
-    def kernel(self, gate, up, limit, weight, scale, scale_2, routed, y, early):
+    def kernel(self, gate, up, limit, weight, scale, scale_2, routed, X, post, comb, y, early):
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         self.allocate()
         self.limit, self.y, self.routed, self.weight_at = limit, y, routed, weight.iterator.toint()
+        self.X, self.post, self.comb = X, post, comb
         self.scale_at = self.weight_at
         if const_expr(scale is not None):
             self.scale_at = scale.iterator.toint()
@@ -113,8 +134,12 @@ class SharedExpert(Stream):
 
 def program(shape: Shape, config: Config):
     """gate and up [M, K], limit, weight [R, row] of 32-bit words, scale (bytes, or fp32) or None, scale_2 [1] fp32 or None,
-    routed [M, R] fp32 -> y [M, R]. early: as in `gemv`."""
+    routed [M, R] fp32 -> y [M, R]; with n streams: X [M, n, R], post [M, n] fp32, comb [M, n, n] fp32 -> y [M, n, R]. early:
+    as in `gemv`."""
     words, dtype = stored.Format(shape.format).row_bytes(shape.K) // 4, DTYPES[shape.dtype]
+    M, n = shape.M, shape.streams
+    streams = fake(dtype, M, n, shape.R, align=dtype.width // 8)
+    mixed = (streams, fake(Float32, M, n, align=4), fake(Float32, M, n, n, align=4), streams)
     arguments = (
         fake(dtype, shape.M, shape.K),
         fake(dtype, shape.M, shape.K),
@@ -123,7 +148,7 @@ def program(shape: Shape, config: Config):
         scale_argument(shape.format, shape.e8m0),
         fake(Float32, 1, align=4) if shape.format == "nvfp4" else None,
         fake(Float32, shape.M, shape.R, align=4),
-        fake(dtype, shape.M, shape.R, align=dtype.width // 8),
+        *(mixed if n else (None, None, None, fake(dtype, M, shape.R, align=dtype.width // 8))),
         Int32(0),
         current(),
     )
@@ -137,6 +162,6 @@ def configs(shape: Shape) -> Iterator[Config]:
 KERNEL = Kernel("shared_expert", __file__, program, configs)
 
 
-def launch(shape: Shape, gate, up, limit: float, weight, scale, scale_2, routed, y, early: int = 0) -> None:
+def launch(shape: Shape, *arguments) -> None:
     """See `program`."""
-    KERNEL.launcher(shape)(gate, up, limit, weight, scale, scale_2, routed, y, early)
+    KERNEL.launcher(shape)(*arguments)

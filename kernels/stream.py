@@ -221,8 +221,9 @@ class Stream:
         self.overlaps = config.overlaps
         self.prepare()
 
-    def allocate(self):
-        smem = cutlass.memory.SmemAllocator()
+    def allocate(self, arena=None):
+        """Memory of a block: all that it gets, or of an `arena` that somebody else made."""
+        smem = cutlass.memory.SmemAllocator() if arena is None else arena
         self.ring = smem.allocate_tensor(
             Int32, cute.make_layout((self.warps * self.stages * (self.weight_words + self.scale_words),)), 128
         )
@@ -232,7 +233,7 @@ class Stream:
         if const_expr(self.split > 1):
             self.kept = smem.allocate_tensor(Float32, cute.make_layout((self.turns * sums,)), 16)
         room = ONE_MORE - self.work.needed(self.config)
-        if const_expr(self.overlaps and room > 0):
+        if const_expr(self.overlaps and room > 0 and arena is None):
             smem.allocate_tensor(Int32, cute.make_layout((room // 4,)), 16)
         return smem
 

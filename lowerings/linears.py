@@ -4,6 +4,7 @@ does as if the matrices were one. RMSNorm may be in front of them.
 An op for each number of them: an op's tensors are known by name.
 """
 
+from functools import cache
 from inspect import Parameter, Signature
 from typing import Any
 
@@ -69,28 +70,35 @@ def of(count: int, normed: bool) -> Op:
         for w, s in pairs:
             if (verdict := gemv.streams(w, s, None)) is not True:
                 return verdict
-        if len({(gemv.format_of(w, s, None), s is None or s.dtype) for w, s in pairs}) > 1:
-            return "weights in different formats"
         if any(w.numel() == 0 for w, _ in pairs) or a.x.numel() == 0:
             return "a matrix without numbers"
         norm = getattr(a, "norm", None)
         if norm is not None and (norm.dtype not in DTYPES or gemv.streams(norm.unsqueeze(0), None, None) is not True):
             return "an RMSNorm whose weight is not bfloat16 or float32, in one piece and aligned"
-        return gemv.fits(shape_of(a.x, pairs, a.wide, norm)) or "vectors beyond shared memory"
+        kinds = len(by_format(pairs))
+        if kinds > (2 if norm is None else 1):
+            return f"weights in {kinds} formats: one launch takes two, behind a norm one"
+        return fits(shape_of(a.x, pairs, a.wide, norm)) or "vectors beyond shared memory"
 
     @made.on("cuda", arch="sm_90+", when=streamed)
     def _(x, *given):
-        from dsv4_compile.kernels.linears import launch
+        from dsv4_compile.kernels import linears as kernel
 
         norm, eps = given[:2] if normed else (None, 0.0)
         given = given[2 * normed :]
         ws, wide, ss = given[:count], given[count], given[count + 1 :]
-        shape = shape_of(x, list(zip(ws, ss, strict=True)), wide, norm)
-        dtypes = [torch.float32 if out == "fp32" else x.dtype for out in shape.outs]
-        ys = tuple(x.new_empty(len(x), len(w), dtype=dtype) for w, dtype in zip(ws, dtypes, strict=True))
+        pairs = list(zip(ws, ss, strict=True))
+        shape, order = shape_of(x, pairs, wide, norm), [i for part in by_format(pairs) for i in part]
+        item = [torch.float32 if wide >> i & 1 else x.dtype for i in range(count)]
+        ys = tuple(x.new_empty(len(x), len(w), dtype=dtype) for w, dtype in zip(ws, item, strict=True))
         early = int(gemv.settled(ys, *ws, *ss))
-        scales = None if ss[0] is None else tuple(map(gemv.flat, ss))
-        launch(shape, x.contiguous(), norm, eps, tuple(map(gemv.words, ws)), scales, ys, early)
+        words = tuple(gemv.words(ws[i]) for i in order)
+        scales = tuple(gemv.flat(ss[i]) for i in order if ss[i] is not None) or None
+        outs = tuple(ys[i] for i in order)
+        if isinstance(shape, kernel.Mixed):
+            kernel.launch_mixed(shape, x.contiguous(), words, scales, outs, early)
+        else:
+            kernel.launch(shape, x.contiguous(), norm, eps, words, scales, outs, early)
         return ys if count > 1 else ys[0]
 
     return made
@@ -100,15 +108,34 @@ def is_wide(a: Any, i: int) -> bool:
     return bool(a["wide"] >> i & 1)
 
 
-def shape_of(x: Tensor, pairs: Any, wide: int, norm: Tensor | None) -> Any:
-    from dsv4_compile.kernels.linears import Shape
+def by_format(pairs: Any) -> list[list[int]]:
+    """Which matrices are stored alike: places of each kind, in the order of the first of them."""
+    found: dict[Any, list[int]] = {}
+    for i, (w, s) in enumerate(pairs):
+        found.setdefault((gemv.format_of(w, s, None), None if s is None else s.dtype), []).append(i)
+    return list(found.values())
 
-    (weight, scale), dtype = pairs[0], DTYPES[x.dtype]
-    format = gemv.format_of(weight, scale, None)
-    assert format is not None, "`streamed` was not asked"
-    outs = tuple("fp32" if wide >> i & 1 else dtype for i in range(len(pairs)))
-    rows, e8m0 = tuple(len(w) for w, _ in pairs), scale is None or scale.dtype != torch.float32
-    return Shape(len(x), rows, x.shape[1], format, e8m0, dtype, outs, "none" if norm is None else DTYPES[norm.dtype])
+
+def shape_of(x: Tensor, pairs: Any, wide: int, norm: Tensor | None) -> Any:
+    from dsv4_compile.kernels.linears import Mixed, Shape
+
+    parts = []
+    for part in by_format(pairs):
+        weight, scale = pairs[part[0]]
+        format, dtype = gemv.format_of(weight, scale, None), DTYPES[x.dtype]
+        assert format is not None, "`streamed` was not asked"
+        outs = tuple("fp32" if wide >> i & 1 else dtype for i in part)
+        rows, e8m0 = tuple(len(pairs[i][0]) for i in part), scale is None or scale.dtype != torch.float32
+        of_norm = "none" if norm is None else DTYPES[norm.dtype]
+        parts.append(Shape(len(x), rows, x.shape[1], format, e8m0, dtype, outs, of_norm))
+    return parts[0] if len(parts) == 1 else Mixed(*parts)
+
+
+@cache
+def fits(shape: Any) -> bool:
+    from dsv4_compile.kernels.linears import configs
+
+    return any(True for _ in configs(shape))
 
 
 LINEARS = {count: of(count, normed=False) for count in range(2, MOST + 1)}

@@ -72,10 +72,15 @@ def _(N, k, X, D, I, hit, bits):
 
 @moe.sizes
 def _(a):
-    (N, D), k, (X, I) = a.x.shape, a.expert.shape[-1], a.w1.shape[:2]
+    return dict(k=a.expert.shape[-1], **sizes(a, a.expert.shape[-1]))
+
+
+def sizes(a: Any, k: int) -> dict[str, Any]:
+    """What the cost counts, but for k."""
+    (N, D), (X, I) = a.x.shape, a.w1.shape[:2]
     stored = sum(t.numel() * t.dtype.itemsize for t in (a.w1, a.s1, a.t1) if t is not None)
     hit = X * (1 - (1 - min(k, X) / X) ** hinted(N))  # on average, if all are as likely
-    return dict(N=N, k=k, X=X, D=D, I=I, hit=hit, bits=8 * stored / (X * I * D))
+    return dict(N=N, X=X, D=D, I=I, hit=hit, bits=8 * stored / (X * I * D))
 
 
 # GPU, few tokens: each choice's matrices are streamed once.
@@ -87,11 +92,15 @@ def few_and_streamed(a: Any) -> bool | str:
         return verdict
     if a.expert.dtype != torch.int64 or a.gate.dtype not in DTYPES:
         return f"choices of {a.expert.dtype} with gates of {a.gate.dtype}"
-    stored = (a.w1, a.s1, a.t1), (a.w3, a.s3, a.t3), (a.w2, a.s2, a.t2)
-    for s in stored:
+    return stored_alike((a.w1, a.s1, a.t1), (a.w3, a.s3, a.t3), (a.w2, a.s2, a.t2))
+
+
+def stored_alike(*matrices: "Stored") -> bool | str:
+    """Whether the kernels can read matrices, all in one format."""
+    for s in matrices:
         if (verdict := gemv.streams(*s)) is not True:
             return verdict
-    alike = {(gemv.format_of(*s), None if s[1] is None else s[1].dtype) for s in stored}
+    alike = {(gemv.format_of(*s), None if s[1] is None else s[1].dtype) for s in matrices}
     return len(alike) == 1 or "the three matrices are stored in different formats"
 
 

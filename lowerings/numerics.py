@@ -250,6 +250,28 @@ def several(count: int) -> dict[str, Draw]:
     return draws | {f"s{i}": Scale() for i in range(count)}
 
 
+KEYS: dict[str, Draw] = {
+    "slot": Slots("ring"),
+    "x": Normal(spread=True),
+    "weight": Uniform(0.5, 1.5),
+    "cos": Uniform(-1, 1),
+    "sin": Uniform(-1, 1),
+}
+
+
+def memory(which: str) -> dict[str, Draw]:
+    """Of a compressor, by the number behind its names."""
+    return {
+        f"slot{which}": Slots(f"values{which}"),
+        f"place{which}": Rows(f"ape{which}", 0),
+        f"index{which}": Windows(f"values{which}"),
+        f"target{which}": Slots(f"entries{which}"),
+        f"weight{which}": Uniform(0.5, 1.5),
+        f"cos{which}": Uniform(-1, 1),
+        f"sin{which}": Uniform(-1, 1),
+    }
+
+
 CONTRACTS: dict[str, Contract] = {
     "dequantize": Contract(
         ("float32",),
@@ -267,9 +289,25 @@ CONTRACTS: dict[str, Contract] = {
         accumulate="products in gate's dtype at least, rounded to it; then the sum in fp32",
         draws={
             **dict.fromkeys(("gate", "up"), Normal(2.0)),
+            **MIXED,
             "weight": Matrix(8.0),
             "scale": Scale(),
             "scale_2": Scale(-1, 1),
+        },
+    ),
+    "experts": Contract(
+        ("x",),
+        accumulate="as router, moe and shared_expert",
+        draws={
+            **STORED,
+            **MIXED,
+            **SCALES_2,
+            **{f"v{i}": Matrix(8.0) for i in (1, 2, 3)},
+            **{f"r{i}": Scale() for i in (1, 2, 3)},
+            **{f"u{i}": Scale(-1, 1) for i in (1, 2, 3)},
+            "logits": Distinct(),
+            "bias": Normal(0.3),
+            "expert": Rows("w1", 0),
         },
     ),
     "grouped_linear": Contract(
@@ -322,16 +360,7 @@ CONTRACTS: dict[str, Contract] = {
         },
     ),
     "append": Contract(("ring",), accumulate="no sums", draws={"slot": Slots("ring")}),
-    "norm_rope_append": Contract(
-        ("ring",),
-        draws={
-            "slot": Slots("ring"),
-            "x": Normal(spread=True),
-            "weight": Uniform(0.5, 1.5),
-            "cos": Uniform(-1, 1),
-            "sin": Uniform(-1, 1),
-        },
-    ),
+    "norm_rope_append": Contract(("ring",), draws=KEYS),
     "sinkhorn": Contract(
         ("acc logits",), order="rows, then columns and rows in turn, columns last", draws={"logits": Normal(2.0)}
     ),
@@ -385,18 +414,16 @@ CONTRACTS: dict[str, Contract] = {
         draws={"index": Windows("c"), "weight": Uniform(0.5, 1.5), "cos": Uniform(-1, 1), "sin": Uniform(-1, 1)},
     ),
     "compressor_append": Contract(
-        ("values", "gates", "entries"),
-        order="maximum first, then sums over a window's rows",
-        draws={
-            "slot": Slots("values"),
-            "place": Rows("ape", 0),
-            "index": Windows("values"),
-            "target": Slots("entries"),
-            "weight": Uniform(0.5, 1.5),
-            "cos": Uniform(-1, 1),
-            "sin": Uniform(-1, 1),
-        },
+        ("values", "gates", "entries"), order="maximum first, then sums over a window's rows", draws=memory("")
     ),
+    **{
+        f"prologue_{count}": Contract(
+            ("q", "ring", *(f"{name}{i}" for i in range(count) for name in ("values", "gates", "entries"))),
+            order="as norm_rope, norm_rope_append and compressor_append",
+            draws={**KEYS, "q": Normal(spread=True), **{n: d for i in range(count) for n, d in memory(str(i)).items()}},
+        )
+        for count in range(3)
+    },
     "dense_attention": Contract(
         ("q",),
         order="one softmax over all rows, maximum first",

@@ -1,15 +1,18 @@
-"""The end of the shared expert, and the sum with the routed ones."""
+"""The end of the shared expert, the sum with the routed ones, and what mHC makes of it."""
 
 from typing import Any
 
+import sympy
 import torch
 
 from dsv4_compile.lowerings import gemv
 from dsv4_compile.lowerings.linear import linear, sizes_of
+from dsv4_compile.lowerings.mhc import mhc_post
 from dsv4_compile.lowerings.norm import DTYPES
 from dsv4_compile.lowerings.pointwise import swiglu
 from dsv4_compile.op import Cost, Tensor, acc, known, op
 
+STREAMS = 8  # that a thread holds
 ROWS = 4  # beyond them every block of the kernel spends longer on SwiGLU than one launch for all of them takes
 
 
@@ -22,25 +25,33 @@ def shared_expert(
     limit: float,
     scale: Tensor | None = None,
     scale_2: Tensor | None = None,
+    X: Tensor | None = None,
+    post: Tensor | None = None,
+    comb: Tensor | None = None,
 ) -> Tensor:
-    """routed + W swiglu(gate, up), rounded to gate's dtype.
+    """y = routed + W swiglu(gate, up), rounded to gate's dtype; with X, post and comb: mhc_post(X, y, post, comb).
 
     gate and up [M, K], routed [M, N] of at least fp32; weight [N, K], plain, or with scale and scale_2 as `linear` takes
-    them -> [M, N]. The product is rounded to gate's dtype before it is added.  Source: DeepSeek-V4, experts.
+    them; X [M, n, N] of gate's dtype, post [M, n], comb [M, n, n] -> [M, N], or [M, n, N]. The product is rounded to gate's
+    dtype before it is added.  Source: DeepSeek-V4, experts and mHC.
     """
-    return (routed + acc(linear(swiglu(gate, up, limit), weight, scale, scale_2))).to(gate.dtype)
+    y = (routed + acc(linear(swiglu(gate, up, limit), weight, scale, scale_2))).to(gate.dtype)
+    return y if X is None or post is None or comb is None else mhc_post(X, y, post, comb)
 
 
 @shared_expert.cost
-def _(M, N, K, bits, block):
+def _(M, N, K, bits, block, n):
+    """n: streams, or 0."""
     return Cost(
-        flops=2 * M * N * K + 5 * M * K, read=N * K * (bits / 8 + 1 / block) + 4 * M * K + 4 * M * N, write=2 * M * N
+        flops=2 * M * N * K + 5 * M * K + 2 * M * N * n * (n + 1),
+        read=N * K * (bits / 8 + 1 / block) + 4 * M * K + 4 * M * N + 2 * M * N * n,
+        write=2 * M * N * sympy.Max(n, 1),
     )
 
 
 @shared_expert.sizes
 def _(a):
-    return dict(M=a.gate.shape[0], **sizes_of(a.weight, a.scale))
+    return dict(M=a.gate.shape[0], n=0 if a.X is None else a.X.shape[-2], **sizes_of(a.weight, a.scale))
 
 
 def few_and_stored(a: Any) -> bool | str:
@@ -52,28 +63,38 @@ def few_and_stored(a: Any) -> bool | str:
         return f"gate of {a.gate.dtype}, up of {a.up.dtype}, added to {a.routed.dtype}"
     if a.routed.numel() == 0 or a.gate.numel() == 0:
         return "nothing to compute"
+    if a.X is not None and (verdict := streams_fit(a.gate, a.X, a.post, a.comb)) is not True:
+        return verdict
     if (verdict := gemv.streams(a.weight, a.scale, a.scale_2)) is not True:
         return verdict
-    return gemv.fits(shape_of(a.gate, a.weight, a.scale, a.scale_2)) or "vectors beyond shared memory"
+    return gemv.fits(shape_of(a.gate, a.weight, a.scale, a.scale_2, a.X)) or "vectors beyond shared memory"
 
 
-def shape_of(gate: Tensor, weight: Tensor, scale: Tensor | None, scale_2: Tensor | None) -> Any:
+def streams_fit(x: Tensor, X: Tensor, post: Tensor, comb: Tensor) -> bool | str:
+    """Whether the kernel can put vectors like x into the streams."""
+    if not (X.dtype == x.dtype and post.dtype == comb.dtype == torch.float32):
+        return f"streams of {X.dtype} with coefficients of {post.dtype} and {comb.dtype}"
+    return known(X.shape[-2] <= STREAMS) or f"more than {STREAMS} streams"
+
+
+def shape_of(gate: Tensor, weight: Tensor, scale: Tensor | None, scale_2: Tensor | None, X: Tensor | None) -> Any:
     from dsv4_compile.kernels.shared_expert import Shape
 
     format = gemv.format_of(weight, scale, scale_2)
     assert format is not None, "`few_and_stored` was not asked"
     e8m0 = scale is None or scale.dtype != torch.float32
-    return Shape(len(gate), len(weight), gate.shape[1], format, e8m0, DTYPES[gate.dtype])
+    streams = 0 if X is None else X.shape[1]
+    return Shape(len(gate), len(weight), gate.shape[1], format, e8m0, DTYPES[gate.dtype], streams)
 
 
 @shared_expert.on("cuda", arch="sm_90+", when=few_and_stored)
-def _(gate, up, weight, routed, limit, scale, scale_2):
+def _(gate, up, weight, routed, limit, scale, scale_2, X, post, comb):
     from dsv4_compile.kernels.shared_expert import launch
 
-    y = torch.empty_like(routed, dtype=gate.dtype, memory_format=torch.contiguous_format)
+    y = torch.empty((routed if X is None else X).shape, dtype=gate.dtype, device=gate.device)
     early = int(gemv.settled(y, weight, scale, scale_2))
     stored = gemv.words(weight), gemv.flat(scale), None if scale_2 is None else scale_2.view(1)
-    vectors = gate.contiguous(), up.contiguous()
-    shape = shape_of(gate, weight, scale, scale_2)
-    launch(shape, *vectors, limit, *stored, routed.contiguous(), y, early)
+    mixed = (None if t is None else t.contiguous() for t in (X, post, comb))
+    shape = shape_of(gate, weight, scale, scale_2, X)
+    launch(shape, gate.contiguous(), up.contiguous(), limit, *stored, routed.contiguous(), *mixed, y, early)
     return y

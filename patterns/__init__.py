@@ -12,6 +12,7 @@ from . import (
     compressor_append,
     dequantize,
     epilogue,
+    experts,
     grouped_mm,
     head,
     indexer,
@@ -105,5 +106,8 @@ RULES: tuple[Rule, ...] = (
     head.few,
     head.stored,
     shared_expert.added,
+    shared_expert.mixed,
+    experts.around,
+    *prologue.STEPS,
     *linears.ALL,
 )

@@ -51,6 +51,13 @@ def kind(node: Node) -> tuple:
     return tuple(None if s is None else value(s).dtype for s in stored(node))
 
 
+def together(node: Node, formats: int) -> list[Node]:
+    """What reads the vectors that this one reads, and one launch takes: those of its kind, and of the first other kinds."""
+    found = [r for r in readers(node.args[0]) if stored(r)[2] is None]
+    kinds = list(dict.fromkeys(kind(r) for r in (found if formats > 1 else [node])))[:formats]
+    return [r for r in found if kind(r) in kinds]
+
+
 def normed(x: Any, alike: list[Node]) -> tuple[dict[str, Any], list[Node]] | None:
     """The arguments of an RMSNorm that is x, and all between it and its readers, if there are no others."""
     norm, inner = below(x), []
@@ -77,8 +84,8 @@ def of_count(count: int, anchor: str, with_norm: bool) -> Rule:
         x = node.args[0]
         if not few_on_gpu(x, 0) or stored(node)[2] is not None:
             return None
-        alike = [r for r in readers(x) if kind(r) == kind(node)][:MOST]
-        if len(alike) != count or node is not next(r for r in alike if head(r) == anchor):
+        alike = together(node, formats=1 if with_norm else 2)[:MOST]
+        if len(alike) != count or node is not next((r for r in alike if head(r) == anchor), None):
             return None
         wide = sum(1 << i for i, r in enumerate(alike) if head(r) == "dsv4.linear_wide")
         vectors, inner = {"x": x}, alike

@@ -1,8 +1,19 @@
-"""RMSNorm and RoPE in one: queries head by head and without a weight, keys with one."""
+"""RMSNorm and RoPE in one: queries head by head and without a weight, keys with one. In a decode step, with all caches."""
 
+import operator
+from typing import Any
+
+from torch.fx import Node
+
+from dsv4_compile.lowerings.append import norm_rope_append
+from dsv4_compile.lowerings.attention import attention
+from dsv4_compile.lowerings.compressor_append import compressor_append
+from dsv4_compile.lowerings.indexer import indexer
 from dsv4_compile.lowerings.norm import rms_norm, unit_norm
+from dsv4_compile.lowerings.prologue import PROLOGUES
 from dsv4_compile.lowerings.rope import norm_rope, rope
-from dsv4_compile.match import Made, Match, Scalar, T, rule
+from dsv4_compile.match import Found, Made, Match, Rule, Scalar, T, finder, head, rule, strip
+from dsv4_compile.patterns.linear import few_on_gpu
 
 B = 5  # rows of the batch
 
@@ -84,3 +95,52 @@ def queries_of_heads(x, cos, sin, eps: Scalar):
 def keys_of_one_head(x, weight, cos, sin, eps: Scalar):
     one = normed(x, weight, cos, eps, 1).transpose(1, 2)
     return rope(one, cos.unsqueeze(1), sin.unsqueeze(1), False)
+
+
+# A decode step on a GPU: all that lies between its products and attention. What attention reads says what belongs together.
+
+
+def of_count(count: int) -> Rule:
+    def step(node: Node) -> Found | str | None:
+        a = attention.arguments(*node.args)
+        if not few_on_gpu(a["q"], 1):
+            return None
+        queries, keys = strip(a["q"]), strip(a["keys"])
+        if head(queries) != "dsv4.norm_rope" or head(keys) != "dsv4.norm_rope_append":
+            return None
+        scored = strip(a["index"]) if a["index"] is not None else None
+        pools = [a["entries"], indexer.arguments(*scored.args)["keys"] if head(scored) == "dsv4.indexer" else None]
+        compressors = [c for c in map(compressor_of, pools) if c is not None]
+        if len(compressors) != count:
+            return None
+        of_queries = norm_rope.arguments(*queries.args)
+        if of_queries.pop("weight") is not None:
+            return "queries normed without a weight"
+        arguments = {"q" if name == "x" else f"q_{name}": value for name, value in of_queries.items()}
+        arguments |= norm_rope_append.arguments(*keys.args)
+        outputs = [queries, keys]
+        for i, (c, of_c) in enumerate(compressors):
+            arguments |= {f"{name}{i}": value for name, value in compressor_append.arguments(*c.args).items()}
+            outputs += of_c
+        inner = [queries, keys, *(n for c, of_c in compressors for n in (c, *of_c))]
+        return Found(arguments, outputs, inner)
+
+    step.__name__ = f"step_with_{count}_compressors"
+    return finder(PROLOGUES[count], name="fuse.step", anchor=attention)(step)
+
+
+def compressor_of(pool: Any) -> tuple[Node, list[Node]] | None:
+    """The op that wrote the last entry of a pool, and its outputs, all of which are read."""
+    last: Any = pool
+    while isinstance(last, Node) and (head(last) == "aten.slice" or strip(last) is not last):
+        last = last.args[0]
+    if not isinstance(last, Node) or last.target is not operator.getitem:
+        return None
+    written: Any = last.args[0]
+    by_place = {user.args[1]: user for user in written.users}
+    if head(written) != "dsv4.compressor_append" or not len(by_place) == len(written.users) == 3:
+        return None
+    return written, [by_place[i] for i in range(3)]
+
+
+STEPS = tuple(of_count(count) for count in sorted(PROLOGUES, reverse=True))

@@ -1,10 +1,11 @@
-"""The end of the shared expert, on a GPU: what the routed ones gave, plus the last matrix times SwiGLU."""
+"""The end of the shared expert, on a GPU: what the routed ones gave, plus the last matrix times SwiGLU; then mHC's post."""
 
 from typing import Any
 
 from torch.fx import Node
 
 from dsv4_compile.lowerings.linear import linear
+from dsv4_compile.lowerings.mhc import mhc_post
 from dsv4_compile.lowerings.pointwise import swiglu
 from dsv4_compile.lowerings.shared_expert import shared_expert
 from dsv4_compile.match import Found, Made, finder, head, is_cast, is_view, shape, strip, value
@@ -48,3 +49,23 @@ def chain(product: Node, x: Any, wide: Node) -> list[Node]:
     while found[-1] is not wide:
         found.append(next(iter(found[-1].users)))
     return found
+
+
+@finder(shared_expert, name="fuse.shared_expert", anchor=mhc_post)
+def mixed(last: Node) -> Found | str | None:
+    X, y, post, comb = (a for a in last.args if isinstance(a, Node))
+    end: Any = strip(y)
+    if head(end) != "dsv4.shared_expert":
+        return None
+    a = shared_expert.arguments(*end.args)
+    if a["X"] is not None or value(end).dtype != value(X).dtype or value(y).dtype != value(end).dtype:
+        return f"streams of {value(end).dtype}, found {value(X).dtype}"
+    between: list[Any] = [y]
+    while between[-1] is not end:
+        between.append(between[-1].args[0])
+    M = shape(end)[0]
+    n, D = shape(X)[-2:]
+    a["X"] = Made(lambda X: X.reshape(M, n, D), (X,))
+    a["post"] = Made(lambda post: post.reshape(M, n), (post,))
+    a["comb"] = Made(lambda comb: comb.reshape(M, n, n), (comb,))
+    return Found(a, [last], [*between, last])

@@ -17,6 +17,7 @@ from dsv4_compile.lowerings.append import norm_rope_append
 from dsv4_compile.lowerings.attention import attention
 from dsv4_compile.lowerings.compressor import compressor
 from dsv4_compile.lowerings.compressor_append import compressor_append
+from dsv4_compile.lowerings.experts import experts
 from dsv4_compile.lowerings.head import head
 from dsv4_compile.lowerings.indexer import indexer
 from dsv4_compile.lowerings.linear import grouped_linear, linear, linear_wide
@@ -25,6 +26,7 @@ from dsv4_compile.lowerings.mhc import mhc_head, mhc_post, mhc_pre
 from dsv4_compile.lowerings.mhc_boundary import mhc_boundary, mhc_enter
 from dsv4_compile.lowerings.moe import moe
 from dsv4_compile.lowerings.norm import rms_norm, unit_norm
+from dsv4_compile.lowerings.prologue import PROLOGUES
 from dsv4_compile.lowerings.rope import norm_rope, rope
 from dsv4_compile.lowerings.router import expert_gates, router
 from dsv4_compile.lowerings.shared_expert import shared_expert
@@ -182,8 +184,10 @@ def of_compressor(d: Draw, D: int, m: int, dr: int, overlap: bool, weight: torch
     return found | dict(cos=cos, sin=sin, eps=EPS, overlap=overlap)
 
 
-def of_compressor_append(d: Draw, D: int, m: int, dr: int, overlap: bool, entries: torch.dtype) -> Arguments:
-    B, R, C = d.size.choice((1, 2, 5, 64)), m * (1 + overlap), D * (1 + overlap)
+def of_compressor_append(
+    d: Draw, D: int, m: int, dr: int, overlap: bool, entries: torch.dtype, B: int | None = None
+) -> Arguments:
+    B, R, C = B or d.size.choice((1, 2, 5, 64)), m * (1 + overlap), D * (1 + overlap)
     S, P = R + d.size.choice((0, 1, 40)), d.size.choice((1, 2, 33))
     slot, index = d.slots(B, S, 1), windows(d, B, 1, R, S)
     index[:, :, -1] = torch.where(index[:, :, -1] < 0, -1, slot)  # reads what is written
@@ -192,6 +196,23 @@ def of_compressor_append(d: Draw, D: int, m: int, dr: int, overlap: bool, entrie
     found |= dict(slot=slot + S * d.how.choice((0, 3)), c=d.normal(B, 1, C), z=d.normal(B, 1, C), ape=d.normal(m, C))
     found |= dict(place=d.integers(0, 9 * m, B, 1), index=index, weight=d.weight(D), cos=cos, sin=sin)
     return found | dict(target=d.slots(B, P, 1), eps=EPS, overlap=overlap)
+
+
+def of_prologue(d: Draw, h: int, D: int, dr: int, dtype: Any, ring: Any, *compressors: tuple[Any, ...]) -> Arguments:
+    """A decode step's queries, keys, and compressors of one number of sequences."""
+    B, S = d.size.choice((1, 2, 5, 64)), d.size.choice((1, 8, 129))
+    (q_cos, q_sin), (cos, sin) = (
+        d.tables(d.size.choice((1, B)), 1, 1, dr // 2),
+        d.tables(d.size.choice((1, B)), 1, dr // 2),
+    )
+    found = dict(
+        q=d.normal(B, 1, h, D, dtype=dtype, spread=True), q_eps=EPS, q_cos=q_cos, q_sin=q_sin, cos=cos, sin=sin
+    )
+    found |= dict(ring=d.normal(B, S, D, dtype=ring), slot=d.slots(B, S, 1) + S * d.how.choice((0, 2)), eps=EPS)
+    found |= dict(x=d.normal(B, 1, D, dtype=dtype, spread=True), weight=d.weight(D))
+    for i, spec in enumerate(compressors):
+        found |= {f"{name}{i}": x for name, x in of_compressor_append(d, *spec, B=B).items()}
+    return found
 
 
 # Attention and the choice of entries
@@ -277,8 +298,9 @@ def of_several(
 ) -> Arguments:
     found = dict(x=d.normal(M, K, dtype=bf16, spread=norm is not None), wide=wide)
     found |= {} if norm is None else dict(norm=d.weight(K, norm), eps=EPS)
+    formats = format.split(" and ")  # in turn
     for i, N in enumerate(rows):
-        found[f"w{i}"], found[f"s{i}"], _ = d.stored(format, N, K)
+        found[f"w{i}"], found[f"s{i}"], _ = d.stored(formats[i % len(formats)], N, K)
     return found
 
 
@@ -300,6 +322,19 @@ def of_moe(d: Draw, N: int, k: int, X: int, D: int, I: int, format: str, dtype: 
     found: Arguments = dict(x=d.normal(N, D, dtype=dtype), expert=expert, gate=d.uniform(0, 1, N, k), limit=3.0)
     for i, shape in ((1, (X, I, D)), (3, (X, I, D)), (2, (X, D, I))):
         found[f"w{i}"], found[f"s{i}"], found[f"t{i}"] = d.stored(format, *shape)
+    return found
+
+
+def of_experts(
+    d: Draw, N: int, k: int, X: int, D: int, I: int, H: int, format: str, own: str, chosen: bool, n: int, dtype: Any
+) -> Arguments:
+    found = of_moe(d, N, k, X, D, I, format, dtype) | dict(k=k, factor=1.5, eps=1e-20, own_limit=1.5)
+    expert, _ = found.pop("expert"), found.pop("gate")
+    found |= dict(logits=scores(d, X, N)) | (dict(expert=expert) if chosen else dict(bias=d.integers(0, 3, X) / 7))
+    for i, shape in ((1, (H, D)), (3, (H, D)), (2, (D, H))):
+        found[f"v{i}"], found[f"r{i}"], found[f"u{i}"] = d.stored(own, *shape)
+    if n:
+        found |= dict(X=d.normal(N, n, D, dtype=dtype), post=d.uniform(0, 2, N, n), comb=d.normal(N, n, n).softmax(-1))
     return found
 
 
@@ -328,9 +363,9 @@ def of_head(d: Draw, N: int, n: int, D: int, V: int, dtype: torch.dtype, exact: 
     return found | mixture(d, n, D, n, 1) | dict(vocabulary=d.stored("bf16", V, D)[0])
 
 
-def scores(d: Draw, X: int) -> Tensor:
+def scores(d: Draw, X: int, N: int | None = None) -> Tensor:
     """Logits [N, X] of few values: many ties, and with the biases no two sums that only rounding tells apart."""
-    return d.integers(-9, 10, d.size.choice((0, *TOKENS, 257)), X) / 2
+    return d.integers(-9, 10, d.size.choice((0, *TOKENS, 257)) if N is None else N, X) / 2
 
 
 def of_router(d: Draw, X: int, k: int) -> Arguments:
@@ -430,6 +465,15 @@ MOE = (
     (2, 4, 5, 64, 96, "bf16", fp32),
     (7, 2, 16, 256, 64, "bf16", bf16),
 )
+EXPERTS = (
+    (1, 6, 24, 192, 64, 96, "mxfp4", "fp8", False, 4, bf16),
+    (3, 4, 40, 512, 256, 128, "bf16", "bf16", False, 0, bf16),
+    (8, 2, 64, 256, 96, 160, "fp8", "fp8", True, 4, bf16),
+    (2, 6, 33, 160, 96, 32, "nvfp4", "nvfp4", False, 1, bf16),
+    (5, 3, 16, 1024, 512, 512, "mxfp4", "bf16", True, 0, bf16),
+    (2, 4, 12, 64, 96, 32, "bf16", "fp8 fp32", False, 3, fp32),
+)
+PROLOGUE = ((64, 512, 64, bf16, bf16), (3, 48, 16, bf16, fp32), (5, 128, 8, fp32, bf16))
 SHARED = (
     (1, 17, 64, "bf16", bf16),
     (2, 200, 1056, "fp8", bf16),
@@ -458,16 +502,32 @@ FAMILIES = {
         of_linears(
             3, (2, (15, 16, 33), 192, "mxfp4"), (7, (40, 64, 24), 256, "fp8"), (1, (24, 64, 64), 192, "bf16", 1)
         ),
-        of_linears(4, (3, (300, 3, 130, 47), 2048, "bf16", 0b1100), (6, (64, 16, 16, 16), 64, "fp8")),
+        of_linears(
+            4,
+            (3, (300, 3, 130, 47), 2048, "bf16", 0b1100),
+            (6, (64, 16, 16, 16), 64, "fp8"),
+            (5, (40, 17, 300, 1), 256, "mxfp4 and bf16", 0b10),
+        ),
         of_linears(5, (1, (64, 128, 128, 256, 256), 512, "bf16", 0b11110), (5, (1, 2, 3, 4, 5), 64, "mxfp4")),
         of_linears(6, (4, (96, 64, 32, 32, 64, 64), 256, "bf16", 0b111100), (2, (16,) * 6, 128, "fp8")),
         of_linears(
-            7, (1, (64, 512, 256, 256, 96, 96, 96), 1024, "bf16", 0b1111000), (8, (17,) * 7, 128, "bf16", 0b1010)
+            7,
+            (1, (64, 512, 256, 256, 96, 96, 96), 1024, "bf16", 0b1111000),
+            (8, (17,) * 7, 128, "bf16", 0b1010),
+            (1, (1024, 64, 512, 256, 256, 96, 96), 512, "fp8 and bf16", 0b1111000),
         ),
         Family(NORMED[1], ((3, (100,), 1152, "bf16", 0, bf16), (8, (513,), 1024, "fp8", 0, fp32)), of_several),
         Family(NORMED[2], ((1, (640, 256), 1024, "fp8", 0, fp32), (2, (33, 5), 96, "bf16", 0, bf16)), of_several),
         Family(moe, MOE, of_moe),
         Family(shared_expert, SHARED, of_shared_expert),
+        Family(experts, EXPERTS, of_experts),
+        Family(PROLOGUES[0], PROLOGUE, of_prologue),
+        Family(
+            PROLOGUES[1],
+            tuple((*p, m) for p, m in zip(PROLOGUE, (MEMORY[2], MEMORY[3], MEMORY[0]), strict=True)),
+            of_prologue,
+        ),
+        Family(PROLOGUES[2], ((*PROLOGUE[0], MEMORY[0], MEMORY[1]), (*PROLOGUE[1], MEMORY[3], MEMORY[3])), of_prologue),
         streams(mhc_pre, *STREAMS),
         streams(mhc_post, *STREAMS),
         streams(mhc_head, *STREAMS),

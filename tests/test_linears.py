@@ -62,15 +62,16 @@ def test_more_than_one_launch_takes_are_two():
     assert traced(lambda x, many: [F.linear(x, w) for w in many], x, many) == ["linears_7", "linears_3"]
 
 
-@pytest.mark.parametrize(
-    ("rows", "dtypes"),
-    [(9, (torch.bfloat16, torch.bfloat16)), (2, (torch.bfloat16, torch.float32))],
-    ids=["many vectors", "another format"],
-)
-def test_these_stay_apart(rows, dtypes):
+def of(rows, dtypes):
+    """Matrices of these dtypes, and so many vectors."""
     x = torch.empty(rows, 64, dtype=torch.float32 if torch.float32 in dtypes else torch.bfloat16, device="meta")
-    a, b = (weights(32, dtype=dtype)[0] for dtype in dtypes)
-    assert traced(lambda x, a, b: (wide(x, a), wide(x, b)), x, a, b) == []
+    each = [weights(32 + 8 * i, dtype=dtype)[0] for i, dtype in enumerate(dtypes)]
+    return traced(lambda x, each: [wide(x, w) for w in each], x, each)
+
+
+def test_two_formats_are_one_launch():
+    assert of(2, [torch.bfloat16, torch.float32, torch.bfloat16]) == ["linears_3"]
+    assert of(9, [torch.bfloat16, torch.bfloat16]) == [], "many vectors"
 
 
 def test_the_meaning_is_each_of_them():
@@ -102,9 +103,11 @@ def test_it_compiles_without_a_gpu_and_does_not_spill(target, monkeypatch):
     from dsv4_compile.kernels import linears, stream
 
     monkeypatch.setattr(stream, "arch", lambda: target)
-    shape = linears.Shape(2, (40, 64, 24), 256, "fp8", True, "bf16", ("bf16", "bf16", "bf16"))
-    _, facts = linears.KERNEL.build(shape, next(linears.configs(shape)), target)
-    assert facts["kernels"] and all(k["stack"] == 0 for k in facts["kernels"].values()), facts
+    one = linears.Shape(2, (40, 64, 24), 256, "fp8", True, "bf16", ("bf16", "bf16", "bf16"))
+    other = linears.Shape(2, (40, 17), 256, "bf16", True, "bf16", ("fp32", "bf16"))
+    for shape in (one, linears.Mixed(one, other)):
+        _, facts = linears.KERNEL.build(shape, next(linears.configs(shape)), target)
+        assert facts["kernels"] and all(k["stack"] == 0 for k in facts["kernels"].values()), facts
 
 
 # On a GPU
@@ -132,6 +135,22 @@ def test_they_are_the_meaning(rows, K, M, format, kernel_parity):
     (ws, ss), (vs, ts) = stored(format, rows, K, 3), stored(format, rows, K, 4)
     flags = 0b1010101 & ((1 << n) - 1) if format == "bf16" else 0
     kernel_parity(LINEARS[n], x, *ws, flags, *ss, others=(z, *vs, flags, *ts), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("formats", [("fp8", "bf16"), ("bf16", "mxfp4"), ("mxfp4", "fp8")], ids=" ".join)
+@pytest.mark.parametrize("M", [1, 3, 8])
+@pytest.mark.parametrize(("rows", "K"), [*ODD, ((1024, 64, 512, 256, 256, 1024, 1024), 4096)], ids=str)
+def test_of_two_formats_they_are_the_meaning(rows, K, M, formats, kernel_parity):
+    def given(seed):
+        g, ws, ss = torch.Generator().manual_seed(seed), [], []
+        for i, r in enumerate(rows):
+            (w,), (s,) = stored(formats[i % 2], (r,), K, seed + i)
+            ws, ss = [*ws, w], [*ss, s]
+        wide = sum(1 << i for i in range(len(rows)) if formats[i % 2] == "bf16" and i % 3)
+        return torch.randn(M, K, generator=g).bfloat16(), *ws, wide, *ss
+
+    kernel_parity(LINEARS[len(rows)], *given(M), others=given(M + 9), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,7 @@
 """RMSNorm and RoPE as one op, in the models' spellings, and attention turned back."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -117,3 +119,18 @@ def test_a_norm_that_others_read_stays(rewritten):
     assert report.counts["prologue"] == 0 and report.rules["raise.rope"] == 1
     for got, want in zip(result, f(*args), strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.skipif(find_spec("cutlass") is None, reason="GPU kernels need CuTeDSL")
+def test_all_of_a_decode_step_compiles_without_a_gpu_and_does_not_spill():
+    from dsv4_compile.kernels.prologue import KERNEL, OfCompressor, OfNorm, Shape, configs
+
+    queries, keys = OfNorm(128, "bf16", "none", 64), OfNorm(128, "bf16", "fp32", 64, "bf16")
+    each = OfCompressor(512, 8, 64, True, "fp32", "bf16"), OfCompressor(128, 8, 64, True, "fp32", "bf16")
+    shape = Shape(queries, keys, each)
+    _, facts = KERNEL.build(shape, next(configs(shape)), "sm_90a")
+    assert facts["kernels"] and all(k["stack"] == 0 for k in facts["kernels"].values()), facts
+    between = OfCompressor(
+        256, 8, 64, True, "fp32", "bf16"
+    )  # two warps in blocks of four: its barriers would not be met
+    assert not list(configs(Shape(queries, keys, (between,))))

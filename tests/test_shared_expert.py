@@ -55,6 +55,18 @@ def test_a_product_that_somebody_else_reads_is_left_alone():
     assert found(read_twice, *arguments()) == 0
 
 
+def test_the_streams_that_it_goes_into_are_found():
+    def layer(x, w1, w3, w2, routed, X, post, comb):
+        y = end(x, w1, w3, w2, routed).view(1, -1, x.shape[-1])
+        mixed = torch.einsum("btjk,btjd->btkd", comb, X.float())
+        return (post.unsqueeze(-1) * y.float().unsqueeze(-2) + mixed).to(X.dtype)
+
+    x, *rest = arguments(M=3)
+    X = torch.randn(1, 3, 4, x.shape[1], device="meta", dtype=x.dtype)
+    post, comb = torch.randn(1, 3, 4, device="meta"), torch.randn(1, 3, 4, 4, device="meta")
+    assert found(layer, x, *rest, X, post, comb) == 2, "without the streams, then with them"
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_meaning_is_the_formula(dtype):
     gate, up, w, routed = (torch.randn(*s, dtype=dtype) * 3 for s in ((3, 32), (3, 32), (7, 32), (3, 7)))
@@ -64,7 +76,16 @@ def test_the_meaning_is_the_formula(dtype):
     got = shared_expert(gate, up, w, routed, 2.0)
     assert got.dtype == dtype
     torch.testing.assert_close(got, want.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
-    torch.library.opcheck(shared_expert.target, (gate, up, w, routed, 2.0, None, None))
+    torch.library.opcheck(shared_expert.target, (gate, up, w, routed, 2.0, *[None] * 5))
+    X, post, comb = (
+        torch.randn(3, 2, 7, dtype=dtype),
+        torch.rand(3, 2).to(routed.dtype),
+        torch.rand(3, 2, 2).to(routed.dtype),
+    )
+    mixed = shared_expert(gate, up, w, routed, 2.0, None, None, X, post, comb)
+    want = post.double().unsqueeze(-1) * got.double().unsqueeze(-2) + comb.double().mT @ X.double()
+    torch.testing.assert_close(mixed, want.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    torch.library.opcheck(shared_expert.target, (gate, up, w, routed, 2.0, None, None, X, post, comb))
 
 
 @pytest.mark.skipif(find_spec("cutlass") is None, reason="GPU kernels need CuTeDSL")
@@ -76,7 +97,7 @@ def test_it_compiles_without_a_gpu_and_does_not_spill(target, monkeypatch):
     from dsv4_compile.kernels import stream
 
     monkeypatch.setattr(stream, "arch", lambda: target)
-    shape = kernel.Shape(2, 40, 256, "fp8", True, "bf16")
+    shape = kernel.Shape(2, 40, 256, "fp8", True, "bf16", 4)
     _, facts = kernel.KERNEL.build(shape, next(kernel.configs(shape)), target)
     assert facts["kernels"] and all(k["stack"] == 0 for k in facts["kernels"].values()), facts
 
@@ -105,6 +126,25 @@ def test_the_kernel_is_the_meaning(M, N, K, format, dtype, kernel_parity):
     rtol, atol = (1e-2, 6e-2) if dtype == torch.bfloat16 else (2e-5, 2e-5)
     args, others = (given(format, M, N, K, dtype, seed) for seed in (0, 1))
     kernel_parity(shared_expert, *args, others=others, rtol=rtol, atol=atol)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(("M", "N", "K", "n"), [(1, 4096, 2048, 4), (2, 17, 64, 1), (4, 200, 1056, 3)])
+def test_into_streams_the_kernel_is_the_meaning(M, N, K, n, dtype, kernel_parity):
+    def with_streams(seed):
+        g = torch.Generator().manual_seed(seed)
+        X = torch.randn(M, n, N, generator=g).to(dtype)
+        return (
+            *given("bf16", M, N, K, dtype, seed),
+            None,
+            None,
+            X,
+            *(torch.rand(M, *s, generator=g) for s in ((n,), (n, n))),
+        )
+
+    rtol, atol = (1e-2, 6e-2) if dtype == torch.bfloat16 else (2e-5, 2e-5)
+    kernel_parity(shared_expert, *with_streams(0), others=with_streams(1), rtol=rtol, atol=atol)
 
 
 @pytest.mark.gpu

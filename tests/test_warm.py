@@ -11,7 +11,7 @@ pytest.importorskip("cutlass", reason="kernels are written in CuTeDSL")
 
 from dsv4_compile.cache.store import Store
 from dsv4_compile.kernel import collecting
-from dsv4_compile.kernels import router
+from dsv4_compile.kernels import experts, router
 
 CSA, HCA = "compressed_sparse_attention", "heavily_compressed_attention"
 
@@ -29,14 +29,16 @@ def test_launches_are_listed_and_nothing_is_compiled():
 
 
 def test_a_survey_names_the_kernels_of_a_model_and_what_tuning_tries():
-    config = one_layer(n_routed_experts=12, num_experts_per_tok=3)
+    config = one_layer(n_routed_experts=12, num_experts_per_tok=3).replace(layer_types=(CSA,))
     found = warm.survey(config, "sm_90a", 1, [1], 64, torch.bfloat16, candidates=True)
     assert not found.unknown, found.unknown
     shapes = {w.kernel: w.shape for w in found.wanted}
-    assert shapes["router"] == router.Shape(12, 3) and {"mhc_boundary", "linears", "shared_expert"} <= shapes.keys()
+    assert {"mhc_boundary", "linears", "indexer", "experts"} <= shapes.keys()
+    assert len(shapes["prologue"].compressors) == 2, "that of the keys, and the indexer's"
+    assert (shapes["experts"].routed.X, shapes["experts"].routed.k, shapes["experts"].streams) == (12, 3, 4)
     assert {w.shape.settled for w in found.wanted if w.kernel == "mhc_boundary"} == {False, True}
-    of_router = [w.config for w in found.wanted if w.kernel == "router"]
-    assert of_router == router.KERNEL.candidates(shapes["router"]) and len(of_router) > 1
+    tried = [w.config for w in found.wanted if w.kernel == "experts"]
+    assert tried == experts.KERNEL.candidates(shapes["experts"]) and len(tried) > 1
 
 
 def test_layers_of_a_kind_are_looked_at_once():
