@@ -38,7 +38,7 @@ def of(count: int, normed: bool) -> Op:
         each = [linear_wide(x, w) if is_wide(a, i) else linear(x, w, s) for i, (w, s) in enumerate(pairs)]
         return tuple(each) if count > 1 else each[0]
 
-    meaning.__doc__ = f"""y_i = x W_i^T for i < {count}: `linear` of each, or `linear_wide` where bit i of `wide` is set; of
+    meaning.__doc__ = f"""y_i = x W_i^T for i < {count}: `linear` of each, or `linear_wide` where bit i of `wide` is set, of plain ones; of
     rms_norm(x, norm, eps) in the place of x, where the op has these.
 
     x [M, K]; norm [K]; w_i [N_i, K], plain, or with s_i as `linear` takes them, fp8 or mxfp4 -> y_i [M, N_i] of x's dtype,
@@ -70,6 +70,8 @@ def of(count: int, normed: bool) -> Op:
         for w, s in pairs:
             if (verdict := gemv.streams(w, s, None)) is not True:
                 return verdict
+        if any(s is not None and is_wide(vars(a), i) for i, (_, s) in enumerate(pairs)):
+            return "a wide product of a matrix with scales"
         if any(w.numel() == 0 for w, _ in pairs) or a.x.numel() == 0:
             return "a matrix without numbers"
         norm = getattr(a, "norm", None)

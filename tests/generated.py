@@ -124,12 +124,17 @@ class Draw:
 
 @dataclass(frozen=True)
 class Family:
-    """Cases of an op. specs: static sizes, in turn by seed. meaning: what is right, where the op's own is not it."""
+    """Cases of an op. specs: static sizes, in turn by seed. meaning: what is right, where the op's own is not it. lists: whose
+    lengths say how many terms are added up one by one; as many may be one and the same, whose roundings all point one way."""
 
     op: Op
     specs: tuple[tuple[Any, ...], ...]
     make: Callable[..., Arguments]
     meaning: Callable[[Op, Arguments], Any] | None = None
+    lists: tuple[str, ...] = ()
+
+    def terms(self, arguments: Arguments) -> int:
+        return sum(arguments[n].shape[-1] for n in self.lists if arguments[n] is not None)
 
     def case(self, seed: int, other: bool = False) -> Arguments:
         """All arguments by name, in one piece each."""
@@ -493,7 +498,7 @@ FAMILIES = {
         Family(norm_rope_append, KEYS, of_norm_rope_append),
         Family(compressor, WINDOWS, of_compressor),
         Family(compressor_append, MEMORY, of_compressor_append),
-        Family(attention, ATTENTION, of_attention, attention_without_strangers),
+        Family(attention, ATTENTION, of_attention, attention_without_strangers, ("window", "index")),
         Family(indexer, INDEXER, of_indexer, lower_of_equal),
         Family(linear, LINEAR, of_linear),
         Family(grouped_linear, GROUPED, of_grouped),
@@ -514,7 +519,7 @@ FAMILIES = {
             7,
             (1, (64, 512, 256, 256, 96, 96, 96), 1024, "bf16", 0b1111000),
             (8, (17,) * 7, 128, "bf16", 0b1010),
-            (1, (1024, 64, 512, 256, 256, 96, 96), 512, "fp8 and bf16", 0b1111000),
+            (1, (1024, 64, 512, 256, 256, 96, 96), 512, "fp8 and bf16", 0b101000),
         ),
         Family(NORMED[1], ((3, (100,), 1152, "bf16", 0, bf16), (8, (513,), 1024, "fp8", 0, fp32)), of_several),
         Family(NORMED[2], ((1, (640, 256), 1024, "fp8", 0, fp32), (2, (33, 5), 96, "bf16", 0, bf16)), of_several),

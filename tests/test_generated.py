@@ -67,7 +67,7 @@ def test_cases_on_a_cpu(name):
     family = FAMILIES[name]
     for seed in (4, 5) if name == "attention" else (0, 1):  # few heads
         first, other = (plain(family.case(seed, other)) for other in (False, True))
-        guards.check(family.op, family.right, first, other, "cpu", seed)
+        guards.check(family.op, family.right, first, other, "cpu", seed, family.terms(first))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -268,7 +268,8 @@ def test_cases_on_a_gpu(name, compiled, capsys):
         try:
             with torch.no_grad():
                 first, other = (family.case(seed, other) for other in (False, True))
-                worst = max(worst, guards.check(family.op, family.right, first, other, "cuda", seed))
+                terms = family.terms(first)
+                worst = max(worst, guards.check(family.op, family.right, first, other, "cuda", seed, terms))
         except Exception as error:
             said = str(error).partition("\n")[0]
             again = f"DSV4_TEST_CASES={name}:{seed} pytest -m gpu tests/test_generated.py"
