@@ -158,17 +158,23 @@ def short(name: str) -> str:
 def attributed(spans: Sequence[Span], calls: Sequence[Call]) -> list[Call | None] | None:
     """For each span of a part the call that it belongs to, None for what others launch; or None if they do not fit."""
     launches = [(call, module) for call in calls for module in call.modules]
-    found: list[Call | None] = []
-    at, seen = -1, set[tuple[str, str]]()
-    for span in spans:
-        ours = body(span.name)
-        if ours is None:
-            found.append(None)
-            continue
-        if at < 0 or ours in seen or ours[1] not in classes(launches[at][1]):  # the next launch begins
-            at, seen = at + 1, set()
-            if at >= len(launches) or ours[1] not in classes(launches[at][1]):
-                return None
-        seen.add(ours)
-        found.append(launches[at][0])
-    return found if at + 1 == len(launches) else None
+    bodies = [ours for span in spans if (ours := body(span.name)) is not None]
+
+    @cache
+    def places(i: int, at: int, seen: frozenset[tuple[str, str]]) -> tuple[int, ...] | None:
+        """Which launches the kernels from i on are of, after the kernels `seen` of launch `at`."""
+        if i == len(bodies):
+            return () if at + 1 == len(launches) else None
+        ours = bodies[i]
+        for of, before in ((at, seen), (at + 1, frozenset[tuple[str, str]]())):  # one more of it, or the next begins
+            if 0 <= of < len(launches) and ours not in before and ours[1] in classes(launches[of][1]):
+                rest = places(i + 1, of, before | {ours})
+                if rest is not None:
+                    return of, *rest
+        return None
+
+    found = places(0, -1, frozenset())
+    if found is None:
+        return None
+    of = iter(found)
+    return [None if body(span.name) is None else launches[next(of)][0] for span in spans]

@@ -122,6 +122,22 @@ def test_launches_by_op_what_they_add_and_their_floors(module):
 
 
 @kernels
+def test_calls_whose_kernels_may_be_of_one_launch_are_told_apart(module):
+    attribution, Span = module("attribution"), module("clock").Span
+    calls = [
+        ("linears_3", ["linears"]),
+        ("normed_linears_1", ["linears"]),
+        ("experts", ["experts"]),
+        ("linear", ["gemv"]),
+    ]
+    bodies = "linearsTwoFormats", "streamLinears", "expertsUp", "streamDown", "streamEnd", "streamLinear"
+    spans = [Span(ours(body), 10 * i, 10 * i + 9) for i, body in enumerate(bodies)]
+    found = attribution.attributed(spans, [attribution.Call(op, 1e6, modules) for op, modules in calls])
+    names = ["linears_3", "normed_linears_1", *["experts"] * 3, "linear"]
+    assert [None if call is None else call.op for call in found] == names
+
+
+@kernels
 @pytest.mark.parametrize("change", ["a call more", "a call less", "another kernel"])
 def test_where_calls_and_launches_do_not_fit_kernels_have_their_own_names(change, module):
     attribution, waterfall, Span = module("attribution"), module("waterfall"), module("clock").Span
