@@ -24,13 +24,15 @@ from dsv4_compile.kernels.stream import DTYPES, LANES, ROWS, SHARED
 @dataclass(frozen=True)
 class Shape:
     """routed: as `moe` has it. H hidden numbers of the shared expert, in a format of its own. chosen: whether the choices are
-    given, and only their gates to be found. streams: of mHC, into which the sum goes, or 0."""
+    given, and only their gates to be found; table: for each token of a vocabulary. streams: of mHC, into which the sum goes, or
+    0."""
 
     routed: moe.Shape
     H: int
     format: str
     e8m0: bool
     chosen: bool
+    table: bool
     streams: int
 
     @property
@@ -50,9 +52,9 @@ class Shape:
         return 0 if self.chosen else router.whole(self.routed.X)
 
 
-def shape(N, k, X, D, I, format, e8m0, dtype, H, own, own_e8m0, chosen, streams) -> Shape:
+def shape(N, k, X, D, I, format, e8m0, dtype, H, own, own_e8m0, chosen, table, streams) -> Shape:
     """own: format of the shared expert."""
-    return Shape(moe.Shape(N, k, X, D, I, format, e8m0, dtype), H, own, own_e8m0, chosen, streams)
+    return Shape(moe.Shape(N, k, X, D, I, format, e8m0, dtype), H, own, own_e8m0, chosen, table, streams)
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Up:
         self.bytes = side_by_side.memory(shape.routed.up, shape.own, both, 8 * shape.keys, 0)
 
     @cute.kernel
-    def kernel(self, x, logits, bias, expert, scale, eps, w, s, t, limit, v, r, u, own_limit, h, g, early):
+    def kernel(self, x, logits, bias, expert, tokens, scale, eps, w, s, t, limit, v, r, u, own_limit, h, g, early):
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         base = cutlass.memory.SmemAllocator().allocate(self.bytes, 128)
@@ -131,10 +133,11 @@ class Up:
             self.own.allocate(side_by_side.Arena(base, self.bytes))
             self.own.run_all(x, v[0], v[1], r, u, own_limit, g, early, block, thread)
         else:
-            self.choices(x, logits, bias, expert, scale, eps, w, s, t, limit, h, base, block - self.own.grid, thread)
+            part = block - self.own.grid
+            self.choices(x, logits, bias, expert, tokens, scale, eps, w, s, t, limit, h, base, part, thread)
 
     @cute.jit
-    def choices(self, x, logits, bias, expert, scale, eps, w, s, t, limit, h, base, block, thread):
+    def choices(self, x, logits, bias, expert, tokens, scale, eps, w, s, t, limit, h, base, block, thread):
         """One of them: a block's part of it."""
         arena, routed = side_by_side.Arena(base, self.bytes), self.routed
         routed.allocate(arena)
@@ -142,7 +145,7 @@ class Up:
         choice, part = block // routed.grid, block % routed.grid
         token, j = choice // self.k, choice % self.k
         cute.arch.griddepcontrol_wait()  # nothing is known before
-        e, score = chosen(self, logits, bias, expert, keys, scores, token, thread)
+        e, score = chosen(self, logits, bias, expert, tokens, keys, scores, token, thread)
         gates = router.share(score, thread % LANES, scale, eps)
         e, gate = Int64(cute.arch.shuffle_sync(e, j)), cute.arch.shuffle_sync(gates, j)
         s1, s3 = (None, None) if s is None else (s[0], s[1])
@@ -158,11 +161,20 @@ def kept(arena, keys: int):
     return arena.allocate_tensor(Int32, layout, 16), arena.allocate_tensor(Float32, layout, 16)
 
 
-def chosen(of, logits, bias, expert, keys, scores, token, thread):
-    """See `router.choose`."""
+def chosen(of, logits, bias, expert, tokens, keys, scores, token, thread):
+    """See `router.choose`. tokens: where expert is a table."""
     row = cute.make_tensor(logits[token, None].iterator, cute.make_layout((of.X,)))
-    given = None if expert is None else expert[token, None]
+    place = token if tokens is None else row_of(tokens[token], expert.shape[0])
+    given = None if expert is None else expert[place, None]
     return router.choose(row, bias, given, keys, scores, thread, of.threads, of.k)
+
+
+@cute.jit
+def row_of(token, rows):
+    """Of a table, as it is indexed: from the end if negative. Tokens beyond it, for which there is no embedding either, stay
+    inside."""
+    place = token + rows if token < 0 else token
+    return cutlass.min(cutlass.max(place, Int64(0)), Int64(rows - 1))
 
 
 class Down(moe.Down):
@@ -171,7 +183,7 @@ class Down(moe.Down):
         self.X, self.keys = shape.routed.X, shape.keys
 
     @cute.kernel
-    def kernel(self, h, logits, bias, expert, w2, s2, t2, y):
+    def kernel(self, h, logits, bias, expert, tokens, w2, s2, t2, y):
         thread, _, _ = cute.arch.thread_idx()
         block, token, _ = cute.arch.block_idx()
         smem = self.allocate()
@@ -179,7 +191,7 @@ class Down(moe.Down):
         self.ids = smem.allocate_tensor(Int32, cute.make_layout((self.k,)), 16)
         factors = smem.allocate_tensor(Float32, cute.make_layout((self.k,)), 16)
         ids = self.ids
-        e, _ = chosen(self, logits, bias, expert, keys, scores, token, thread)
+        e, _ = chosen(self, logits, bias, expert, tokens, keys, scores, token, thread)
         if thread < self.k:
             ids[thread] = e
             if const_expr(t2 is not None):
@@ -209,6 +221,7 @@ class Experts:
         logits: cute.Tensor,
         bias,
         expert,
+        tokens,
         scale: Float32,
         eps: Float32,
         w,
@@ -227,11 +240,11 @@ class Experts:
         early: Int32,
         stream,
     ):
-        self.up.kernel(x, logits, bias, expert, scale, eps, w, s, t, limit, v, r, u, own_limit, h, g, early).launch(
-            grid=[self.up.grid, 1, 1], block=[self.up.threads, 1, 1], stream=stream, use_pdl=True
-        )
+        self.up.kernel(
+            x, logits, bias, expert, tokens, scale, eps, w, s, t, limit, v, r, u, own_limit, h, g, early
+        ).launch(grid=[self.up.grid, 1, 1], block=[self.up.threads, 1, 1], stream=stream, use_pdl=True)
         s2, t2 = None if s is None else s[2], None if t is None else t[2]
-        self.down.kernel(h, logits, bias, expert, w[2], s2, t2, routed).launch(
+        self.down.kernel(h, logits, bias, expert, tokens, w[2], s2, t2, routed).launch(
             grid=[self.down.grid * self.down.split, self.N, 1],
             block=[self.down.threads, 1, 1],
             cluster=[self.down.split, 1, 1],
@@ -244,11 +257,11 @@ class Experts:
 
 
 def program(shape: Shape, config: Config):
-    """x [N, D], logits [N, X] fp32; bias [X] fp32, or expert [N, k] int64; scale, eps of the gates; w: w1 and w3 [X, I, row],
-    w2 [X, D, row] of 32-bit words, with s their scales, and t [X] fp32, or None; limit. v, r, u, own_limit: the same of the
-    shared expert, v [H, row] and [D, row]. mixed: X [N, n, D], post [N, n] and comb [N, n, n] fp32, or None; h [N k, I],
-    g [N, H] and routed [N, D] fp32 as workspace -> y [N, D], or [N, n, D]. early: as in `gemv`, of the shared expert's
-    matrices."""
+    """x [N, D], logits [N, X] fp32; bias [X] fp32, or expert [N, k] int64, or [V, k] with tokens [N] int64; scale, eps of the
+    gates; w: w1 and w3 [X, I, row], w2 [X, D, row] of 32-bit words, with s their scales, and t [X] fp32, or None; limit. v, r,
+    u, own_limit: the same of the shared expert, v [H, row] and [D, row]. mixed: X [N, n, D], post [N, n] and comb [N, n, n]
+    fp32, or None; h [N k, I], g [N, H] and routed [N, D] fp32 as workspace -> y [N, D], or [N, n, D]. early: as in `gemv`, of
+    the shared expert's matrices."""
     q, dtype, n = shape.routed, DTYPES[shape.routed.dtype], shape.streams
     f, own = stored.Format(q.format), stored.Format(shape.format)
     w = tuple(fake(Int32, q.X, rows, f.row_bytes(K) // 4) for rows, K in ((q.I, q.D), (q.I, q.D), (q.D, q.I)))
@@ -263,7 +276,8 @@ def program(shape: Shape, config: Config):
         fake(dtype, q.N, q.D),
         fake(Float32, q.N, q.X, align=4),
         None if shape.chosen else fake(Float32, q.X, align=4),
-        fake(cutlass.Int64, q.N, q.k, align=8) if shape.chosen else None,
+        fake(cutlass.Int64, cute.sym_int() if shape.table else q.N, q.k, align=8) if shape.chosen else None,
+        fake(cutlass.Int64, q.N, align=8) if shape.table else None,
         Float32(1.0),
         Float32(0.0),
         *(w, s, t),

@@ -45,18 +45,20 @@ def experts(
     X: Tensor | None = None,
     post: Tensor | None = None,
     comb: Tensor | None = None,
+    token: Tensor | None = None,
 ) -> Tensor:
-    """`moe` of the k experts that `router` chooses by logits and bias, or of `expert` with `expert_gates`; plus the shared
-    expert with matrices v1, v3 and v2, as `shared_expert` adds it; with X, post and comb put into the streams.
+    """`moe` of the k experts that `router` chooses by logits and bias, or of `expert`, or expert[token], with `expert_gates`;
+    plus the shared expert with matrices v1, v3 and v2, as `shared_expert` adds it; with X, post and comb put into the streams.
 
-    x [N, D], logits [N, X], bias [X] or expert [N, k] int64; w, s, t and limit as in `moe`; v1 and v3 [H, D], v2 [D, H], plain,
-    or with r and u for scale and scale_2 as `linear` takes them; X [N, n, D], post [N, n], comb [N, n, n] -> [N, D] of x's
-    dtype, or [N, n, D].  Source: DeepSeek-V4, router and experts.
+    x [N, D], logits [N, X], bias [X] or expert [N, k] int64, [V, k] with token [N] int64; w, s, t and limit as in `moe`;
+    v1 and v3 [H, D], v2 [D, H], plain, or with r and u for scale and scale_2 as `linear` takes them; X [N, n, D],
+    post [N, n], comb [N, n, n] -> [N, D] of x's dtype, or [N, n, D].  Source: DeepSeek-V4, router and experts.
     """
     if expert is None:
         assert bias is not None
         expert, gate = router.router(logits, bias, k, factor, eps)
     else:
+        expert = expert if token is None else expert[token]
         gate = router.expert_gates(logits, expert, factor, eps)
     routed = moe.moe(x, expert, gate, w1, w3, w2, limit, s1, s3, s2, t1, t3, t2)
     g, u = linear(x, v1, r1, u1), linear(x, v3, r3, u3)
@@ -86,15 +88,16 @@ def few_and_stored(a: Any) -> bool | str:
         return verdict
     if a.logits.dtype != torch.float32 or (a.bias is not None and a.bias.dtype != torch.float32):
         return "logits and bias must be float32"
-    if a.expert is not None and a.expert.dtype != torch.int64:
-        return f"choices of {a.expert.dtype}"
+    for t in (a.expert, a.token):
+        if t is not None and t.dtype != torch.int64:
+            return f"choices, or tokens, of {t.dtype}"
     if not known(a.logits.shape[1] <= 1024) or not known(a.k <= min(router.CHOICES, a.logits.shape[1])):
         return f"k = {a.k} of {a.logits.shape[1]} experts: at most {router.CHOICES} of 1024"
     if (verdict := moe.stored_alike((a.w1, a.s1, a.t1), (a.w3, a.s3, a.t3), (a.w2, a.s2, a.t2))) is not True:
         return verdict
     if (verdict := moe.stored_alike((a.v1, a.r1, a.u1), (a.v3, a.r3, a.u3), (a.v2, a.r2, a.u2))) is not True:
         return f"the shared expert: {verdict}"
-    if a.x.numel() == 0 or a.w1.numel() == 0 or a.v1.numel() == 0:
+    if a.x.numel() == 0 or (a.expert is not None and a.expert.numel() == 0) or a.w1.numel() == 0 or a.v1.numel() == 0:
         return "nothing to compute"
     if a.X is not None and (verdict := streams_fit(a.x, a.X, a.post, a.comb)) is not True:
         return verdict
@@ -115,7 +118,8 @@ def shape_of(a: Any) -> Any:
     assert format is not None and own is not None, "`few_and_stored` was not asked"
     e8m0, own_e8m0 = (s is None or s.dtype != torch.float32 for s in (a.s1, a.r1))
     streams = 0 if a.X is None else a.X.shape[-2]
-    return shape(N, a.k, X, D, I, format, e8m0, dtype, len(a.v1), own, own_e8m0, a.expert is not None, streams)
+    choices = a.expert is not None, a.token is not None
+    return shape(N, a.k, X, D, I, format, e8m0, dtype, len(a.v1), own, own_e8m0, *choices, streams)
 
 
 @experts.on("cuda", arch="sm_90+", when=few_and_stored)
@@ -139,6 +143,7 @@ def _(*given):
         a.logits.contiguous(),
         None if a.bias is None else a.bias.contiguous(),
         None if a.expert is None else a.expert.contiguous(),
+        None if a.token is None else a.token.contiguous(),
         a.factor,
         a.eps,
         tuple(map(gemv.words, (a.w1, a.w3, a.w2))),

@@ -38,8 +38,8 @@ def of(count: int, normed: bool) -> Op:
         each = [linear_wide(x, w) if is_wide(a, i) else linear(x, w, s) for i, (w, s) in enumerate(pairs)]
         return tuple(each) if count > 1 else each[0]
 
-    meaning.__doc__ = f"""y_i = x W_i^T for i < {count}: `linear` of each, or `linear_wide` where bit i of `wide` is set, of plain ones; of
-    rms_norm(x, norm, eps) in the place of x, where the op has these.
+    meaning.__doc__ = f"""y_i = x W_i^T for i < {count}: `linear` of each, or `linear_wide` of plain ones where bit i of
+    `wide` is set; of rms_norm(x, norm, eps) in the place of x, where the op has these.
 
     x [M, K]; norm [K]; w_i [N_i, K], plain, or with s_i as `linear` takes them, fp8 or mxfp4 -> y_i [M, N_i] of x's dtype,
     wide ones of at least fp32.  Source: DeepSeek-V4, attention, compressor and indexer; router and shared expert.

@@ -308,6 +308,7 @@ CONTRACTS: dict[str, Contract] = {
             "logits": Distinct(),
             "bias": Normal(0.3),
             "expert": Rows("w1", 0),
+            "token": Rows("expert", 0),
         },
     ),
     "grouped_linear": Contract(

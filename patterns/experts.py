@@ -10,7 +10,7 @@ from dsv4_compile.lowerings.linear import linear
 from dsv4_compile.lowerings.moe import moe
 from dsv4_compile.lowerings.router import expert_gates, router
 from dsv4_compile.lowerings.shared_expert import shared_expert
-from dsv4_compile.match import Found, finder, head, shape, strip, value
+from dsv4_compile.match import Found, finder, head, shape, strip, users, value
 from dsv4_compile.patterns.linear import few_on_gpu
 from dsv4_compile.patterns.repeats import same_sizes
 
@@ -28,7 +28,7 @@ def around(end: Node) -> Found | str | None:
     all_of = moe.arguments(*routed[0].args)
     if not same(gate["x"], all_of["x"]) or not same(up["x"], all_of["x"]):
         return "experts of the same vectors"
-    picked = choice(all_of["expert"], all_of["gate"])
+    picked = choice(all_of["expert"], all_of["gate"], routed[0])
     if isinstance(picked, str):
         return picked
     arguments, inner = picked
@@ -40,21 +40,17 @@ def around(end: Node) -> Found | str | None:
     return Found(arguments, [end], [*dict.fromkeys(inner), end])
 
 
-def choice(expert: Any, gate: Any) -> tuple[dict[str, Any], list[Node]] | str:
-    """Where the choices and their gates come from, as arguments, and the nodes that say so."""
+def choice(expert: Any, gate: Any, taker: Node) -> tuple[dict[str, Any], list[Node]] | str:
+    """Where the choices and their gates come from, as arguments, and the nodes that say so. taker: who else reads them."""
     if (chosen := down(gate, "dsv4.expert_gates")) is not None:
         a = expert_gates.arguments(*chosen[0].args)
         if not same(a["expert"], expert):
             return "gates of the experts that are taken"
-        k = shape(expert)[-1]
-        return {
-            "logits": a["logits"],
-            "bias": None,
-            "expert": expert,
-            "k": k,
-            "factor": a["scale"],
-            "eps": a["eps"],
-        }, chosen
+        choices: dict[str, Any] = {"expert": expert, "k": shape(expert)[-1], "bias": None}
+        if (row := of_table(expert, {chosen[0], taker})) is not None:
+            choices |= {"expert": row[0].args[0], "token": row[0].args[1][0]}  # type: ignore[index]
+            chosen = [*chosen, *row]
+        return choices | {"logits": a["logits"], "factor": a["scale"], "eps": a["eps"]}, chosen
     parts = [down(x, "getitem") for x in (expert, gate)]
     if any(p is None or p[0].target is not operator.getitem for p in parts):
         return "choices of a router"
@@ -63,15 +59,18 @@ def choice(expert: Any, gate: Any) -> tuple[dict[str, Any], list[Node]] | str:
     if at_gate.args[0] is not source or head(source) != "dsv4.router" or (at_expert.args[1], at_gate.args[1]) != (0, 1):
         return "choices and gates of one router"
     a = router.arguments(*source.args)
-    found = {
-        "logits": a["logits"],
-        "bias": a["bias"],
-        "expert": None,
-        "k": a["k"],
-        "factor": a["scale"],
-        "eps": a["eps"],
-    }
-    return found, [*at_expert.all_input_nodes, *(n for p in parts for n in p or ())]
+    of_router = {name: a[name] for name in ("logits", "bias", "k", "eps")} | {"expert": None, "factor": a["scale"]}
+    return of_router, [*at_expert.all_input_nodes, *(n for p in parts for n in p or ())]
+
+
+def of_table(expert: Any, readers: set[Node]) -> list[Node] | None:
+    """Rows of a table, one for each token, that nobody else reads."""
+    found = down(expert, "aten.index")
+    if found is None or not set(users(found[0])) <= readers:
+        return None
+    table, ids = found[0].args
+    plain = len(ids) == 1 and ids[0] is not None and len(shape(table)) == 2  # type: ignore[arg-type, index]
+    return found if plain and same_sizes(shape(ids[0]), shape(expert)[:1]) else None  # type: ignore[index]
 
 
 def down(x: Any, to: str) -> list[Node] | None:

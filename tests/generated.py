@@ -331,13 +331,16 @@ def of_moe(d: Draw, N: int, k: int, X: int, D: int, I: int, format: str, dtype: 
 
 
 def of_experts(
-    d: Draw, N: int, k: int, X: int, D: int, I: int, H: int, format: str, own: str, chosen: bool, n: int, dtype: Any
+    d: Draw, N: int, k: int, X: int, D: int, I: int, H: int, format: str, own: str, chosen: Any, n: int, dtype: Any
 ) -> Arguments:
+    """chosen: False, True, or rows of a table."""
     found = of_moe(d, N, k, X, D, I, format, dtype) | dict(k=k, factor=1.5, eps=1e-20, own_limit=1.5)
     expert, _ = found.pop("expert"), found.pop("gate")
     found |= dict(logits=scores(d, X, N)) | (dict(expert=expert) if chosen else dict(bias=d.integers(0, 3, X) / 7))
     for i, shape in ((1, (H, D)), (3, (H, D)), (2, (D, H))):
         found[f"v{i}"], found[f"r{i}"], found[f"u{i}"] = d.stored(own, *shape)
+    if chosen > 1:
+        found |= dict(expert=d.integers(0, X, chosen, k), token=d.integers(-chosen, chosen, N))
     if n:
         found |= dict(X=d.normal(N, n, D, dtype=dtype), post=d.uniform(0, 2, N, n), comb=d.normal(N, n, n).softmax(-1))
     return found
@@ -475,7 +478,7 @@ EXPERTS = (
     (3, 4, 40, 512, 256, 128, "bf16", "bf16", False, 0, bf16),
     (8, 2, 64, 256, 96, 160, "fp8", "fp8", True, 4, bf16),
     (2, 6, 33, 160, 96, 32, "nvfp4", "nvfp4", False, 1, bf16),
-    (5, 3, 16, 1024, 512, 512, "mxfp4", "bf16", True, 0, bf16),
+    (5, 3, 16, 1024, 512, 512, "mxfp4", "bf16", 77, 0, bf16),
     (2, 4, 12, 64, 96, 32, "bf16", "fp8 fp32", False, 3, fp32),
 )
 PROLOGUE = ((64, 512, 64, bf16, bf16), (3, 48, 16, bf16, fp32), (5, 128, 8, fp32, bf16))

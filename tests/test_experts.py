@@ -11,8 +11,10 @@ from torch.nn import functional as F
 from dsv4_compile.config import Config
 from dsv4_compile.lowerings import OPS
 from dsv4_compile.lowerings.experts import experts
+from dsv4_compile.match import Found, value
 from dsv4_compile.passes import PassManager
 from dsv4_compile.patterns import RULES
+from dsv4_compile.patterns import experts as pattern
 from dsv4_compile.reference_model import DSV4Config
 from dsv4_compile.reference_model.model import MoE
 from dsv4_compile.reference_model.quant import quantize
@@ -21,8 +23,10 @@ from dsv4_compile.warm import look
 LIMIT = 4.0
 
 
-def case(N=2, k=2, X=5, D=32, I=16, H=24, format="none", own="none", chosen=False, n=0, dtype=torch.bfloat16, seed=0):
-    """Arguments of the op; no two logits are alike."""
+def case(
+    N=2, k=2, X=5, D=32, I=16, H=24, format="none", own="none", chosen=False, n=0, dtype=torch.bfloat16, seed=0, rows=0
+):
+    """Arguments of the op; no two logits are alike. rows: of a table of choices, by token."""
     g = torch.Generator().manual_seed(seed)
 
     def stored(*shape, format):
@@ -33,7 +37,8 @@ def case(N=2, k=2, X=5, D=32, I=16, H=24, format="none", own="none", chosen=Fals
     shared = [stored(*s, format=own) for s in ((H, D), (H, D), (D, H))]
     (w, s, t), (v, r, u) = zip(*routed, strict=True), zip(*shared, strict=True)
     logits = torch.stack([torch.linspace(-3, 3, X)[torch.randperm(X, generator=g)] for _ in range(N)])
-    expert = torch.randint(0, X, (N, k), generator=g) if chosen else None
+    expert = torch.randint(0, X, (rows or N, k), generator=g) if chosen else None
+    token = torch.randint(-rows, rows, (N,), generator=g) if rows else None
     bias = None if chosen else torch.rand(X, generator=g) * 0.1 / X
     x = torch.randn(N, D, generator=g).to(dtype)
     mixed = [None] * 3
@@ -41,12 +46,13 @@ def case(N=2, k=2, X=5, D=32, I=16, H=24, format="none", own="none", chosen=Fals
         wide = torch.promote_types(dtype, torch.float32)
         coefficients = (torch.rand(N, *s, generator=g).to(wide) for s in ((n,), (n, n)))
         mixed = [torch.randn(N, n, D, generator=g).to(dtype), *coefficients]
-    return x, logits, k, 1.5, 1e-20, *w, LIMIT, *v, LIMIT / 2, bias, expert, *s, *t, *r, *u, *mixed
+    return x, logits, k, 1.5, 1e-20, *w, LIMIT, *v, LIMIT / 2, bias, expert, *s, *t, *r, *u, *mixed, token
 
 
 def formula(x, logits, k, factor, eps, w1, w3, w2, limit, v1, v3, v2, own_limit, bias, expert, *rest):
     """Plain weights, token by token, in fp64."""
-    (X, post, comb), out = rest[-3:], []
+    *_, X, post, comb, token = rest
+    expert, out = expert if token is None else expert[token], []
 
     def mlp(x, a, b, c, limit):
         return c.double() @ (F.silu((a.double() @ x).clamp(max=limit)) * (b.double() @ x).clamp(-limit, limit))
@@ -62,9 +68,9 @@ def formula(x, logits, k, factor, eps, w1, w3, w2, limit, v1, v3, v2, own_limit,
 
 
 @pytest.mark.parametrize("n", [0, 3])
-@pytest.mark.parametrize("chosen", [False, True], ids=["routed", "chosen"])
-def test_the_meaning_is_the_formula(chosen, n):
-    args = case(chosen=chosen, n=n, dtype=torch.float64)
+@pytest.mark.parametrize(("chosen", "rows"), [(False, 0), (True, 0), (True, 7)], ids=["routed", "chosen", "table"])
+def test_the_meaning_is_the_formula(chosen, rows, n):
+    args = case(chosen=chosen, n=n, dtype=torch.float64, rows=rows)
     torch.testing.assert_close(experts(*args), formula(*args), rtol=1e-5, atol=1e-6)
     torch.library.opcheck(experts.target, args)
 
@@ -97,6 +103,17 @@ def test_all_experts_of_few_tokens_are_one(kind):
     assert found(config, 9, kind)["experts"] == 0
 
 
+def test_rows_of_a_table_are_read_inside(monkeypatch):
+    made = []
+    monkeypatch.setattr(pattern, "Found", lambda arguments, *rest: made.append(arguments) or Found(arguments, *rest))
+    config = DSV4Config.tiny()
+    for read in (False, True):
+        assert found(config, 3, "hash_moe", read)["experts"] == 1
+    inside, given = ([value(a[n]).shape if n in a else None for n in ("expert", "token")] for a in made)
+    k, V = config.num_experts_per_tok, config.vocab_size
+    assert inside == [(V, k), (3,)] and given == [(3, k), None]
+
+
 def test_choices_that_somebody_reads_are_made_apart():
     counts = found(DSV4Config.tiny(), 3, read=True)
     assert counts["experts"] == 0 and counts["router"] == counts["moe"] == counts["shared_expert"] == 1, counts
@@ -116,7 +133,7 @@ def test_it_compiles_without_a_gpu_and_does_not_spill(target, monkeypatch):
     from dsv4_compile.kernels import stream
 
     monkeypatch.setattr(stream, "arch", lambda: target)
-    shape = kernel.shape(1, 6, 24, 512, 256, "mxfp4", True, "bf16", 256, "fp8", True, False, 4)
+    shape = kernel.shape(1, 6, 24, 512, 256, "mxfp4", True, "bf16", 256, "fp8", True, False, False, 4)
     _, facts = kernel.KERNEL.build(shape, next(kernel.configs(shape)), target)
     assert len(facts["kernels"]) == 3 and all(k["stack"] == 0 for k in facts["kernels"].values()), facts
 
@@ -127,7 +144,7 @@ def test_blocks_of_the_first_launch_have_alike_much_to_read():
     from dsv4_compile.kernels import side_by_side
 
     for N, k in ((1, 6), (3, 6), (8, 6), (1, 1)):
-        shape = kernel.shape(N, k, 256, 4096, 2048, "mxfp4", True, "bf16", 2048, "fp8", True, False, 4)
+        shape = kernel.shape(N, k, 256, 4096, 2048, "mxfp4", True, "bf16", 2048, "fp8", True, False, False, 4)
         config = next(kernel.configs(shape))
         each, many = side_by_side.blocks(shape.routed.up, shape.own, (config.up, config.own))
         assert each * N * k + many <= 132 and each > 0 and many > 0
@@ -149,12 +166,16 @@ SIZES = [
 @pytest.mark.parametrize(
     ("format", "own"), [("none", "none"), ("mxfp4", "fp8"), ("fp8", "fp8"), ("nvfp4", "nvfp4"), ("mxfp4", "none")]
 )
-@pytest.mark.parametrize(("chosen", "n"), [(False, 4), (True, 0)], ids=["routed", "chosen"])
+@pytest.mark.parametrize(
+    ("chosen", "n", "rows"), [(False, 4, 0), (True, 0, 0), (True, 4, 50)], ids=["routed", "chosen", "table"]
+)
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "x".join(map(str, s.values())))
-def test_the_kernel_is_the_meaning(sizes, chosen, n, format, own, dtype, kernel_parity):
+def test_the_kernel_is_the_meaning(sizes, chosen, n, rows, format, own, dtype, kernel_parity):
     # products are rounded before sums, which may cancel
     rtol, atol = (1e-2, 6e-2) if dtype == torch.bfloat16 else (1e-4, 1e-4)
-    args, others = (case(**sizes, format=format, own=own, chosen=chosen, n=n, dtype=dtype, seed=s) for s in (0, 1))
+    args, others = (
+        case(**sizes, format=format, own=own, chosen=chosen, n=n, dtype=dtype, seed=s, rows=rows) for s in (0, 1)
+    )
     kernel_parity(experts, *args, others=others, rtol=rtol, atol=atol)
 
 
