@@ -33,7 +33,7 @@ def cells(result: dict[str, Any], parts: Sequence[Part]) -> Iterator[dict[str, A
     for part in parts:
         if part.name not in layers:
             continue
-        kind, again = part.name.partition(",")[0].partition(AGAIN)[:2]
+        kind, again = part.name.split(AGAIN)[0].split(",")[0], AGAIN * (AGAIN in part.name)
         floor = layers[part.name]["floor_us"]
         yield about | cell(f"{kind} layer{again}, us", layers[part.name]["us"], floor)
         yield about | cell(f"{kind} layer{again}, launches", len(part.launches))

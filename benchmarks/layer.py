@@ -1,11 +1,13 @@
 """A decode step of a few layers at a model's real sizes, layer by layer and launch by launch, each arm on the same weights.
 
     python -m benchmarks.layer [--model flash|pro|nano|DIR] [--formats bf16,fp4] [--context 8192,131072] [--batch 1,8]
-                               [--arms hf-eager,hf-inductor,eager,inductor,ours] [--launches] [--json FILE] [--picture FILE]
+                               [--arms hf-eager,hf-inductor,eager,inductor,ours] [--layers SWA,SWA,CSA,HCA,CSA]
+                               [--launches] [--json FILE] [--picture FILE]
     dsv4 bench --layer ...
 
-The layers are SWA, CSA, HCA and CSA, without SWA HCA and two CSA, the first with hash routing, both mHC sites included;
-weights are random, and so is what the state remembers of `--context` tokens. "inductor" and "ours" are one CUDA graph a
+The layers are SWA, CSA, HCA and CSA, without SWA HCA and two CSA, or `--layers`; the first, and SWA behind it, with hash
+routing; both mHC sites included. What a step computes once, as tables of angles, stands where the first layer of a kind needs
+it. Weights are random, and so is what the state remembers of `--context` tokens. "inductor" and "ours" are one CUDA graph a
 step; launches and times of a layer are read off a profile of its replays, marks between the layers telling them apart, and
 the times are scaled so that they add up to the time of a step outside the profiler. The floor of a layer is what it must read
 at the read bandwidth measured in the same run. "hf-": Hugging Face's model on the same weights, in bf16, with a static
@@ -147,13 +149,17 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", type=names(ARMS), default=["eager", "inductor", "ours"])
     parser.add_argument("--context", type=numbers, default=[8192], help="tokens that the state remembers")
     parser.add_argument("--batch", type=numbers, default=[1], help="requests, each of one token")
+    kinds = {short: kind for kind, short in layer_model.SHORT.items()}
+    parser.add_argument("--layers", type=names(kinds), default=[], help="kinds of layer, of SWA, CSA and HCA")
     parser.add_argument("--inner", help="eager: no generated code")
     parser.add_argument("--launches", action="store_true", help="print every launch of ours")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path, help="draw every launch of ours, as matplotlib does")
     ask = parser.parse_args(arguments)
     try:
-        ask.configs = {format: layer_model.config_of(ask.model, format) for format in ask.formats}
+        ask.configs = {
+            format: layer_model.config_of(ask.model, format, [kinds[k] for k in ask.layers]) for format in ask.formats
+        }
     except (InputError, ValueError) as error:  # ValueError: a format that the sizes do not divide into
         parser.error(str(error))
     return ask

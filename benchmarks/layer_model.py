@@ -1,12 +1,14 @@
 """A few layers of a model's real sizes with random weights, marks between them, and what a decode step must read of them."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dsv4_compile.commands.inputs import InputError
 from dsv4_compile.commands.warm import config_of as named_or_read
 from dsv4_compile.reference_model import DSV4, DSV4Config, Loop, State, draw
 
@@ -59,17 +61,25 @@ class Marked(nn.Module):
         return torch.ops.dsv4_benchmark.mark(X), *found
 
 
-def config_of(model: str, format: str) -> DSV4Config:
-    """Of the kinds of layer that a model has one each, and CSA twice; the first layer's router is a table if the model has
-    such layers. model: a name, or a folder or file with a config.json. Raises InputError."""
+def config_of(model: str, format: str, asked: Sequence[str] = ()) -> DSV4Config:
+    """Of the kinds of layer that a model has one each, and CSA twice, or those that are asked for; if the model has layers
+    whose router is a table, the first is one, and so are those behind it that do not compress. model: a name, or a folder or
+    file with a config.json. Raises InputError."""
     linear, expert = FORMATS[format]
     base = CONFIGS[model]() if model in CONFIGS else named_or_read(model)
-    kinds = tuple(k for k in (LAYERS if SWA in base.layer_types else WITHOUT_SWA) if k in base.layer_types)
-    first = "hash_moe" if "hash_moe" in base.mlp_layer_types else "moe"
+    usual = (k for k in (LAYERS if SWA in base.layer_types else WITHOUT_SWA) if k in base.layer_types)
+    kinds = tuple(asked or usual)
+    if absent := sorted({*kinds} - {*base.layer_types}):
+        raise InputError(
+            f"{model} has no layers of {', '.join(absent)}: it has {', '.join(sorted({*base.layer_types}))}"
+        )
+    tables = max(1, next((i for i, k in enumerate(kinds) if k != SWA), len(kinds))) * (
+        "hash_moe" in base.mlp_layer_types
+    )
     return base.replace(
         num_hidden_layers=len(kinds),
         layer_types=kinds,
-        mlp_layer_types=(first, *["moe"] * (len(kinds) - 1)),
+        mlp_layer_types=("hash_moe",) * tables + ("moe",) * (len(kinds) - tables),
         num_nextn_predict_layers=0,
         linear_format=linear,
         expert_format=expert,
@@ -78,11 +88,12 @@ def config_of(model: str, format: str) -> DSV4Config:
 
 
 def names_of(config: DSV4Config) -> list[str]:
-    """What the layers are called: "SWA, hash", "CSA", "CSA again"."""
-    found: list[str] = []
+    """What the layers are called: "SWA, hash", "CSA", "CSA again", "CSA again, 3"."""
+    found, before = [], Counter[str]()
     for kind, router in zip(config.layer_types, config.mlp_layer_types, strict=True):
         name = SHORT[kind] + (", hash" if router == "hash_moe" else "")
-        found.append(f"{name} again" if name in found else name)
+        before[name] += 1
+        found.append(name + ("", " again", f" again, {before[name]}")[min(before[name], 3) - 1])
     return found
 
 

@@ -281,10 +281,20 @@ def test_any_config_and_the_kinds_of_layer_that_it_has(module, tmp_path, capsys)
         and config.linear_format == "none"
     )
     assert model.names_of(model.config_of("pro", "fp4")) == ["HCA, hash", "CSA", "CSA again"]
+    kinds = [model.SWA, model.SWA, model.CSA, model.CSA, model.CSA]
+    names = ["SWA, hash", "SWA, hash again", "CSA", "CSA again", "CSA again, 3"]
+    assert model.names_of(model.config_of("flash", "fp4", kinds)) == names
+    assert layer.parsed(["--model", "flash", "--layers", "HCA,SWA"]).configs["fp4"].layer_types == (
+        model.HCA,
+        model.SWA,
+    )
     for wrong, said in (("elsewhere", "expected flash"), (str(tmp_path), "must be a multiple of 32")):
         with pytest.raises(SystemExit):
             layer.parsed(["--model", wrong, "--formats", "fp4"])
         assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        layer.parsed(["--model", "pro", "--layers", "SWA"])
+    assert "pro has no layers of sliding_attention" in capsys.readouterr().err
 
 
 def test_what_a_layer_must_read(module):
