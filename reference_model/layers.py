@@ -44,8 +44,10 @@ class Exact(nn.Module):
 class Linear(Exact):
     """y = x W^T with W [out_features, in_features] plain or block-quantised; dequantise, then matmul.
 
-    `format`: "none" (any float dtype) or "fp8" (e4m3 with one scale for each 128 x 128 block).
+    `format`: "none" (any float dtype of two bytes or more) or "fp8" (e4m3 with one scale for each 128 x 128 block).
     """
+
+    weight: Tensor
 
     def __init__(self, in_features: int, out_features: int, format: str = "none"):
         super().__init__()
@@ -54,7 +56,9 @@ class Linear(Exact):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight as a plain [out_features, in_features] matrix of `dtype`."""
-        return dequantize(self.weight, self.scale, self.scale_2, self.format).to(dtype)
+        if is_plain(self.weight):
+            return self.weight.to(dtype)
+        return dequantize(self.weight, self.scale, None, self.format).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.dense(x.dtype))
@@ -68,6 +72,8 @@ class ExpertLinear(Exact):
     checkpoint) is carried along, not used.
     """
 
+    weight: Tensor
+
     def __init__(self, experts: int, in_features: int, out_features: int, format: str = "none"):
         super().__init__()
         self.format = format
@@ -76,12 +82,22 @@ class ExpertLinear(Exact):
     def rows(self, expert: Tensor, dtype: torch.dtype) -> Tensor:
         """The dense matrices of the experts named by `expert` [M]: [M, out_features, in_features]. Gathers the
         quantised bytes first, so that only what is used is dequantised."""
-        weight, scale, scale_2 = (None if t is None else t[expert] for t in (self.weight, self.scale, self.scale_2))
-        return dequantize(weight, scale, scale_2, self.format).to(dtype)
+        if is_plain(self.weight):
+            return self.weight[expert].to(dtype)
+        scale_2 = None if self.scale_2 is None else self.scale_2[expert]
+        return dequantize(self.weight[expert], self.scale[expert], scale_2, self.format).to(dtype)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """All matrices: [experts, out_features, in_features]."""
+        if is_plain(self.weight):
+            return self.weight.to(dtype)
         return dequantize(self.weight, self.scale, self.scale_2, self.format).to(dtype)
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether a weight is stored as numbers of two bytes or more, which stand for themselves. Every attribute that a
+    plain linear does not read is one that torch.compile need not compare from layer to layer."""
+    return weight.dtype.itemsize > 1
 
 
 def allocate(module: Linear | ExpertLinear, shape: tuple[int, ...], format: str) -> None:

@@ -31,9 +31,8 @@ from .layers import (
     rope,
     take,
 )
+from .schedule import CSA, HCA, SWA, rotation
 from .state import Chunk, CompressorState, LayerState, Selection, State, Windows
-
-SWA, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 
 
 class HyperConnection(Exact):
@@ -44,32 +43,33 @@ class HyperConnection(Exact):
     def __init__(self, config: DSV4Config):
         super().__init__()
         n, dtype = config.hc_mult, exact_dtype()
-        self.n, self.iters, self.eps, self.rms_eps = n, config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps
+        self.iters, self.eps, self.rms_eps = config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps
         self.fn = nn.Parameter(torch.randn((2 + n) * n, n * config.hidden_size, dtype=dtype) * config.hidden_size**-0.5)
         self.base = nn.Parameter(torch.zeros((2 + n) * n, dtype=dtype))
         self.scale = nn.Parameter(torch.ones(3, dtype=dtype))
 
     def forward(self, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # X [B, T, n, D]
-        n = self.n
+        n, eps = X.shape[-2], self.eps
         f = acc(X).flatten(-2)  # [B, T, nD]
         r = torch.rsqrt(f.square().mean(-1, keepdim=True) + self.rms_eps)
         mix = F.linear(f, self.fn) * r  # [B, T, (2 + n) n]
         pre, post, comb = mix.split([n, n, n * n], -1)
         pre_base, post_base, comb_base = self.base.split([n, n, n * n])
-        pre = torch.sigmoid(pre * self.scale[0] + pre_base) + self.eps  # [B, T, n]
+        pre = torch.sigmoid(pre * self.scale[0] + pre_base) + eps  # [B, T, n]
         post = 2 * torch.sigmoid(post * self.scale[1] + post_base)  # [B, T, n]
-        comb = self.sinkhorn((comb * self.scale[2] + comb_base).unflatten(-1, (n, n)))  # [B, T, n, n]
+        comb = sinkhorn((comb * self.scale[2] + comb_base).unflatten(-1, (n, n)), self.iters, eps)  # [B, T, n, n]
         x = (pre.unsqueeze(-1) * acc(X)).sum(-2)  # [B, T, D]
         return x.to(X.dtype), post, comb
 
-    def sinkhorn(self, logits: Tensor) -> Tensor:
-        """Nearly doubly stochastic: rows by softmax, then alternately columns and rows; columns last."""
-        c = torch.softmax(logits, -1) + self.eps
-        c = c / (c.sum(-2, keepdim=True) + self.eps)
-        for _ in range(self.iters - 1):
-            c = c / (c.sum(-1, keepdim=True) + self.eps)
-            c = c / (c.sum(-2, keepdim=True) + self.eps)
-        return c
+
+def sinkhorn(logits: Tensor, iters: int, eps: float) -> Tensor:
+    """Nearly doubly stochastic: rows by softmax, then alternately columns and rows; columns last."""
+    c = torch.softmax(logits, -1) + eps
+    c = c / (c.sum(-2, keepdim=True) + eps)
+    for _ in range(iters - 1):
+        c = c / (c.sum(-1, keepdim=True) + eps)
+        c = c / (c.sum(-2, keepdim=True) + eps)
+    return c
 
 
 def reconnect(X: Tensor, y: Tensor, post: Tensor, comb: Tensor) -> Tensor:
@@ -116,12 +116,13 @@ class Compressor(Exact):
         self.norm = RMSNorm(width, config.rms_norm_eps)
 
     def forward(self, x: Tensor, step: "Step", state: CompressorState | None) -> Tensor:  # x [B, T, D] -> [B, E, d]
-        chunk, windows = step.chunk, step.windows[self.kind]
+        kind, chunk = self.kind, step.chunk
+        windows = step.windows[kind]
         c = F.linear(acc(x), acc(self.wkv.weight))  # [B, T, C]
         z = F.linear(acc(x), acc(self.wgate.weight)) + self.ape[chunk.position % self.m]
         c = chunk.extend(None if state is None else state.values, c)  # [B, S, C]
         z = chunk.extend(None if state is None else state.gates, z)
-        cos, sin = step.window_rope[self.kind]  # [B, n, dr/2]
+        cos, sin = step.window_rope[kind]  # [B, n, dr/2]
         e = compress(c, z, windows.index, self.norm.weight, self.norm.eps, cos, sin, self.overlap)
         e = e.to(x.dtype)  # [B, n, d]
         if state is None:
@@ -166,9 +167,10 @@ class Indexer(nn.Module):
 
     def score(self, x: Tensor, qr: Tensor, step: "Step", state: CompressorState | None) -> Tensor:
         """sum_h w[h] relu(q[h] . key) / sqrt(hI dI), for every entry: [B, T, E]."""
+        heads, width = self.heads, self.width
         keys = self.compressor(x, step, state)  # [B, E, dI]
-        q = rope(self.wq_b(qr).unflatten(-1, (self.heads, self.width)), *step.rope["compress"])  # [B, T, hI, dI]
-        w = acc(self.weights_proj(x)) * (self.heads * self.width) ** -0.5  # [B, T, hI]
+        q = rope(self.wq_b(qr).unflatten(-1, (heads, width)), *step.rope["compress"])  # [B, T, hI, dI]
+        w = acc(self.weights_proj(x)) * (heads * width) ** -0.5  # [B, T, hI]
         s = F.relu(acc(q) @ acc(keys).transpose(-1, -2).unsqueeze(1))  # [B, T, hI, E]
         return (s * w.unsqueeze(-1)).sum(-2)
 
@@ -183,7 +185,6 @@ class Attention(Exact):
         D, h, d, format = config.hidden_size, config.num_attention_heads, config.head_dim, config.linear_format
         self.heads, self.width, self.groups, self.eps = h, d, config.o_groups, config.rms_norm_eps
         self.kind, self.sink_mode = kind, config.sink_mode
-        self.table = "main" if kind == SWA else "compress"
         self.attn_sink = nn.Parameter(torch.zeros(h, dtype=exact_dtype()))
         self.wq_a = Linear(D, config.q_lora_rank, format)
         self.q_norm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
@@ -200,25 +201,26 @@ class Attention(Exact):
     def forward(
         self, x: Tensor, step: "Step", state: LayerState | None, pick: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:  # x [B, T, D]
-        cos, sin = step.rope[self.table]  # [B, T, 1, dr/2]
+        kind, groups = self.kind, self.groups
+        cos, sin = step.rope[rotation(kind)]  # [B, T, 1, dr/2]
         qr = self.q_norm(self.wq_a(x))  # [B, T, rq]
         q = self.wq_b(qr).unflatten(-1, (self.heads, self.width))  # [B, T, h, d]
         q = rope(rms_norm(q, None, self.eps), cos, sin)
         kv = rope(self.kv_norm(self.wkv(x)), cos.squeeze(2), sin.squeeze(2))  # [B, T, d]
         keys = step.chunk.extend(None if state is None else state.kv, kv)  # [B, S, d]
         entries = index = None
-        if self.kind != SWA:
+        if kind != SWA:
             entries = self.compressor(x, step, None if state is None else state.compressor)  # [B, E, d]
-        if self.kind == HCA:
+        if kind == HCA:
             index = step.all_entries  # [B, T, E]
-        elif self.kind == CSA and pick is None:
+        elif kind == CSA and pick is None:
             index = pick = self.indexer(x, qr, step, None if state is None else state.indexer)  # [B, T, K]
-        elif self.kind == CSA:
+        elif kind == CSA:
             index = pick
             self.indexer.compressor(x, step, None if state is None else state.indexer)  # its memory goes on
         o = attend(q, keys, step.window, entries, index, self.attn_sink, self.sink_mode)  # [B, T, h, d]
-        o = rope(o, cos, -sin).flatten(-2).unflatten(-1, (self.groups, -1))  # [B, T, g, h d / g]
-        wo_a = self.wo_a.dense(x.dtype).unflatten(0, (self.groups, -1))  # [g, dg, h d / g]
+        o = rope(o, cos, -sin).flatten(-2).unflatten(-1, (groups, -1))  # [B, T, g, h d / g]
+        wo_a = self.wo_a.dense(x.dtype).unflatten(0, (groups, -1))  # [g, dg, h d / g]
         u = torch.einsum("btgk,grk->btgr", o, wo_a)
         return self.wo_b(u.flatten(-2)), pick
 
@@ -376,10 +378,11 @@ class Step:
             if kind == HCA:  # CSA picks
                 entry = torch.arange(windows.count, device=chunk.start.device)
                 self.all_entries = torch.where(entry < windows.visible.unsqueeze(-1), entry, -1)  # [B, T, E]
+        self.parts = {kind: self.parts_of(kind) for kind in sorted({SWA, *config.layer_types})}
 
-    def parts(self, kind: str) -> tuple[Any, ...]:
+    def parts_of(self, kind: str) -> tuple[Any, ...]:
         """What a layer of this kind needs, as `Parts`."""
-        shared = *self.chunk.parts(), self.window, *self.rope["main" if kind == SWA else "compress"]
+        shared = *self.chunk.parts(), self.window, *self.rope[rotation(kind)]
         if kind == SWA:
             return shared
         shared = *shared, *self.windows[kind].parts(), *self.window_rope[kind]
@@ -390,7 +393,7 @@ class Step:
         """The opposite of `parts`."""
         step = cls.__new__(cls)
         step.chunk, step.window = Chunk.of(parts), next(parts)
-        step.rope = {"main" if kind == SWA else "compress": (next(parts), next(parts))}
+        step.rope = {rotation(kind): (next(parts), next(parts))}
         if kind != SWA:
             step.windows = {kind: Windows.of(parts)}
             step.window_rope = {kind: (next(parts), next(parts))}
@@ -421,7 +424,7 @@ class Block(nn.Module):
         entries: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # X [B, T, n, D]; `expert` and `entries` replay a selection
         memory = () if state is None else state.parts()
-        found = self.region(X, tokens, expert, entries, state is not None, *step.parts(self.attn.kind), *memory)
+        found = self.region(X, tokens, expert, entries, state is not None, *step.parts[self.attn.kind], *memory)
         return *found, *[None] * (3 - len(found))
 
     @torch.compiler.nested_compile_region  # layers of one kind are compiled once
@@ -583,6 +586,8 @@ class DSV4(nn.Module):
                 raise ValueError(
                     f"tokens have batch {B}, the state was made for {state.position.shape[0]}: new_state({B}, ...)"
                 )
+            if not state.fits(self.config):
+                raise ValueError("this state was made for a model of other sizes: use new_state of this one")
         if not 1 <= T <= limit:
             raise ValueError(f"a call takes 1 to {limit} tokens a row ({name}), got {T}")
         if last is not None and not 1 <= last <= T:

@@ -18,3 +18,8 @@ def default_layer_types(layers: int) -> tuple[str, ...]:
 def default_mlp_layer_types(layers: int, hashed: int = 3) -> tuple[str, ...]:
     """The first `hashed` layers route by token id."""
     return (HASH,) * min(hashed, layers) + (LEARNED,) * (layers - min(hashed, layers))
+
+
+def rotation(kind: str) -> str:
+    """The RoPE table of a kind of layer."""
+    return "main" if kind == SWA else "compress"

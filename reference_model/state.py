@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .config import DSV4Config
 from .layers import put, take
+from .schedule import CSA, SWA
 
 
 def still(x: Tensor) -> Tensor:
@@ -22,6 +23,12 @@ def still(x: Tensor) -> Tensor:
     if x.is_cuda:  # elsewhere nothing asks, and the import takes a second
         torch._dynamo.mark_static_address(x)
     return x
+
+
+def ring(config: DSV4Config, kind: str, width: int, draft: int) -> tuple[int, int]:
+    """Rows and columns of what a compressor to `width` channels has not compressed yet."""
+    overlap = kind == CSA
+    return (1 + overlap) * config.rate(kind) + draft, (1 + overlap) * width
 
 
 class Parts:
@@ -64,8 +71,12 @@ class LayerState:
     indexer: CompressorState | None = None
 
     def parts(self) -> tuple[Any, ...]:
-        memories = [m for m in (self.compressor, self.indexer) if m is not None]
-        return self.kv, len(memories), *(part for m in memories for part in m.parts())
+        a, b = self.compressor, self.indexer
+        if a is None:
+            return self.kv, 0
+        if b is None:
+            return self.kv, 1, a.values, a.gates, a.entries
+        return self.kv, 2, a.values, a.gates, a.entries, b.values, b.gates, b.entries
 
     @staticmethod
     def of(parts: Iterator[Any]) -> "LayerState":
@@ -101,21 +112,38 @@ class State:
         def zeros(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
             return still(torch.zeros(batch, rows, columns, device=device, dtype=dtype))
 
-        def compressor(m: int, overlap: bool, width: int) -> CompressorState:
-            rows, columns = (1 + overlap) * m + draft, (1 + overlap) * width
-            entries = zeros(-(-max_len // m) + 1, width, dtype)
+        def compressor(kind: str, width: int) -> CompressorState:
+            rows, columns = ring(config, kind, width, draft)
+            entries = zeros(-(-max_len // config.rate(kind)) + 1, width, dtype)
             return CompressorState(zeros(rows, columns, exact), zeros(rows, columns, exact), entries)
 
         layers = []
-        for kind in (*config.layer_types, *["sliding_attention"] * config.num_nextn_predict_layers):
-            layer, m = LayerState(zeros(config.sliding_window + draft, d, dtype)), config.rate(kind)
-            if kind == "compressed_sparse_attention":
-                layer.compressor = compressor(m, True, d)
-                layer.indexer = compressor(m, True, config.index_head_dim)
-            elif kind == "heavily_compressed_attention":
-                layer.compressor = compressor(m, False, d)
+        for kind in (*config.layer_types, *[SWA] * config.num_nextn_predict_layers):
+            layer = LayerState(zeros(config.sliding_window + draft, d, dtype))
+            if kind != SWA:
+                layer.compressor = compressor(kind, d)
+            if kind == CSA:
+                layer.indexer = compressor(kind, config.index_head_dim)
             layers.append(layer)
         return State(still(torch.zeros(batch, device=device, dtype=torch.int64)), layers, max_len, draft)
+
+    def fits(self, config: DSV4Config) -> bool:
+        """Whether a model of these sizes made it, by the last layer of each kind: the others are made alike.
+
+        torch.compile(dynamic=True) learns here which sizes are those of the model. It must not learn it inside a layer:
+        torch 2.13 fails with a KeyError where a second layer takes a size that the first one's region made a constant.
+        """
+        kv = [config.sliding_window + self.draft, config.head_dim]
+        for kind, layer in dict(zip(config.layer_types, self.layers, strict=False)).items():
+            if list(layer.kv.shape[1:]) != kv or (layer.compressor is None) != (kind == SWA):
+                return False
+            for memory, width in (layer.compressor, config.head_dim), (layer.indexer, config.index_head_dim):
+                if memory is not None:
+                    rows = list(ring(config, kind, width, self.draft))
+                    rings = [memory.values.shape[1:], memory.gates.shape[1:]]
+                    if [list(r) for r in rings] != [rows, rows] or memory.entries.shape[2] != width:
+                        return False
+        return len(self.layers) == config.num_hidden_layers + config.num_nextn_predict_layers
 
 
 @dataclass

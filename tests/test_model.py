@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsv4_compile.reference_model import DSV4, DSV4Config, Selection, generate, sample
+from dsv4_compile.reference_model import DSV4, DSV4Config, Selection, State, generate, sample
 
 LENGTH = 45  # crosses windows of 4 and 8 and wraps the ring of 12
 
@@ -210,6 +210,15 @@ def test_bad_states_name_what_is_wrong(model, tokens):
         model(tokens, model.new_state(2, LENGTH - 1))
     with pytest.raises(ValueError, match="4096"):
         next(generate(model, tokens, 4090))
+    for change in (
+        dict(head_dim=64),
+        dict(sliding_window=5),
+        dict(index_head_dim=16),
+        dict(num_nextn_predict_layers=0),
+    ):
+        state = State.empty(model.config.replace(**change), 2, 50, 0, "cpu", torch.float32)
+        with pytest.raises(ValueError, match="model of other sizes"):
+            model(tokens, state)
     headless = DSV4(model.config.replace(num_nextn_predict_layers=0))
     with pytest.raises(ValueError, match="MTP"):
         headless.draft(tokens, torch.zeros(2, LENGTH, 4, 96), headless.new_state(2, 50))

@@ -44,3 +44,15 @@ def test_a_kind_of_layer_is_traced_and_rewritten_once(remembers):
     if REUSES:
         assert len(compilation_time_metrics["invoke_subgraph_trace"]) == 2
         assert len(compilation_time_metrics["invoke_subgraph_reuse_stamp_out"]) == 4
+
+
+def test_dynamo_gets_through_layers_whose_sizes_are_symbols():
+    """`State.fits` settles which of them are the model's own: a region must not find out. No more than Dynamo here."""
+    model = deep((SWA,) * 2)
+
+    def through(gm, inputs):
+        raise RuntimeError("traced")
+
+    compiled = torch.compile(model, backend=through, fullgraph=True, dynamic=True)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="traced"):
+        compiled(torch.arange(2).unsqueeze(1), model.new_state(2, 16))

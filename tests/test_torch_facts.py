@@ -4,6 +4,7 @@ A test that fails with a new torch says which part of the compiler lost its grou
 take long, most of all with Inductor: half a minute on one core.
 """
 
+import inspect
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from torch._inductor.utils import fresh_cache
 from torch.nn import functional as F
 
 pytestmark = pytest.mark.torch_facts
+REUSES = "reuse_hash_fn" in inspect.signature(torch.compiler.nested_compile_region).parameters  # torch 2.13 on
 aten = torch.ops.aten
 on_demand = pytest.mark.skipif(os.environ.get("DSV4_TEST_FACTS") != "all", reason="on demand: DSV4_TEST_FACTS=all")
 has_compiler = shutil.which("g++") or shutil.which("clang++")
@@ -213,6 +215,55 @@ def test_a_marked_length_compiles_once():
         torch._dynamo.mark_dynamic(ids, 1)
         f(ids)
     assert len(passes.graphs) == 1
+
+
+class Projected(nn.Module):
+    """A region that makes a size of its input a constant, as its weight has that size."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.randn(8, 8)), 1
+
+    @torch.compiler.nested_compile_region
+    def forward(self, x, y):
+        return x + y @ self.weight * self.scale
+
+
+def projected(settle=False):
+    layers = [Projected() for _ in range(3)]
+
+    def f(x, y):
+        if settle and y.shape[1] != 8:
+            raise ValueError
+        for layer in layers:
+            x = layer(x, y)
+        return x
+
+    return f, layers
+
+
+@on_demand
+def test_a_size_that_a_region_makes_constant_has_to_be_settled_before():
+    """Where Dynamo reuses the trace of a region (torch 2.13), it asks for a symbol that has become a number."""
+    args = torch.randn(4, 8), torch.randn(4, 8)
+    f, _ = projected(settle=True)
+    torch.testing.assert_close(torch.compile(f, backend="eager", dynamic=True)(*args), f(*args))
+    f, _ = projected()
+    if REUSES:
+        with pytest.raises(torch._dynamo.exc.InternalTorchDynamoError, match="KeyError: 8"):
+            torch.compile(f, backend="eager", dynamic=True)(*args)
+
+
+@on_demand
+def test_numbers_of_a_layer_that_reuses_a_trace_are_not_guarded():
+    """Compile again after such a change: torch 2.13 compares layers while it traces, and guards those it traced."""
+    args = torch.randn(4, 8), torch.randn(4, 8)
+    f, layers = projected()
+    run = torch.compile(f, backend="eager", dynamic=False)
+    torch.testing.assert_close(run(*args), f(*args))
+    for layer, guarded in ((layers[0], True), (layers[2], not REUSES)):
+        layer.scale += 1
+        assert torch.allclose(run(*args), f(*args)) == guarded
 
 
 def test_a_graph_runs_op_by_op_without_a_compiler():

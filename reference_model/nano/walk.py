@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..layers import acc, rms_norm, rope
 from ..model import CSA, DSV4, SWA, Attention, Block, Step, reconnect
+from ..schedule import rotation
 
 NEVER = -1e30  # a logit that exp turns into 0; finite, so that a row without entries has no NaN in its gradient
 
@@ -72,7 +73,7 @@ def block(layer: Block, X: Tensor, tokens: Tensor, step: Step, dense: bool, out:
 def attention(attn: Attention, x: Tensor, step: Step, dense: bool, out: Pass) -> Tensor:
     """`Attention.forward` on whole sequences x [B, T, D]."""
     B, T, h, d = *x.shape[:2], attn.heads, attn.width
-    cos, sin = step.rope[attn.table]
+    cos, sin = step.rope[rotation(attn.kind)]
     qr = attn.q_norm(attn.wq_a(x))
     q = rope(rms_norm(attn.wq_b(qr).unflatten(-1, (h, d)), None, attn.eps), cos, sin)
     kv = rope(attn.kv_norm(attn.wkv(x)), cos.squeeze(2), sin.squeeze(2))
