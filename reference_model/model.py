@@ -31,6 +31,7 @@ from .layers import (
     rope,
     take,
 )
+from .repeated import Repeated, region
 from .schedule import CSA, HCA, SWA, rotation
 from .state import Chunk, CompressorState, LayerState, Selection, State, Windows
 
@@ -402,7 +403,7 @@ class Step:
         return step
 
 
-class Block(nn.Module):
+class Block(Repeated):
     """One layer: mHC around attention, mHC around the experts."""
 
     def __init__(self, config: DSV4Config, attention: str, router: str, expert_format: str):
@@ -423,18 +424,19 @@ class Block(nn.Module):
         expert: Tensor | None = None,
         entries: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # X [B, T, n, D]; `expert` and `entries` replay a selection
-        memory = () if state is None else state.parts()
-        found = self.region(X, tokens, expert, entries, state is not None, *step.parts[self.attn.kind], *memory)
+        memory = (False,) if state is None else (True, *state.parts())
+        alike = self.likeness() + 0  # a sum has no origin: it is compared by value
+        found = self.region(alike, X, tokens, expert, entries, *step.parts[self.attn.kind], *memory)
         return *found, *[None] * (3 - len(found))
 
-    @torch.compiler.nested_compile_region  # layers of one kind are compiled once
+    @region  # layers of one kind are compiled once
     def region(
-        self, X: Tensor, tokens: Tensor, expert: Tensor | None, entries: Tensor | None, remembers: bool, *parts: Any
+        self, alike: int, X: Tensor, tokens: Tensor, expert: Tensor | None, entries: Tensor | None, *parts: Any
     ) -> tuple[Tensor, ...]:
         """`forward` on the parts of its step and state; a region may return new tensors only."""
         rest = iter(parts)
         step = Step.of(self.attn.kind, rest)
-        state = LayerState.of(rest) if remembers else None
+        state = LayerState.of(rest) if next(rest) else None
         x, post, comb = self.hc_attn(X)
         y, picked = self.attn(self.attn_norm(x), step, state, entries)
         X = reconnect(X, y, post, comb)

@@ -5,10 +5,13 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.utils import compilation_time_metrics
 
 from dsv4_compile.backend import backend
 from dsv4_compile.reference_model import DSV4, DSV4Config
+from dsv4_compile.reference_model.layers import Linear
+from dsv4_compile.reference_model.repeated import Repeated, region
 
 SWA, HCA = "sliding_attention", "heavily_compressed_attention"
 REUSES = "reuse_hash_fn" in inspect.signature(torch.compiler.nested_compile_region).parameters  # torch 2.13 on
@@ -56,3 +59,56 @@ def test_dynamo_gets_through_layers_whose_sizes_are_symbols():
     compiled = torch.compile(model, backend=through, fullgraph=True, dynamic=True)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="traced"):
         compiled(torch.arange(2).unsqueeze(1), model.new_state(2, 16))
+
+
+def hooked(layer):
+    layer.ffn.gate.register_forward_hook(lambda module, args, out: (out[0], 3 * out[1]))
+
+
+class Doubled(Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def of_another_class(layer):
+    layer.ffn.shared_experts.w1.__class__ = Doubled
+
+
+def with_its_own_forward(layer):
+    layer.ffn.shared_experts.forward = torch.zeros_like
+
+
+@pytest.mark.parametrize("change", [hooked, of_another_class, with_its_own_forward])
+def test_a_layer_that_torch_would_take_for_its_neighbour_is_traced(change):
+    """Torch 2.13 compares neither classes nor hooks: `Repeated.likeness` does."""
+    model = deep((SWA,) * 3)
+    change(model.layers[1])
+    tokens = torch.arange(3).unsqueeze(0)
+    got = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)(tokens)
+    torch.testing.assert_close(got, model(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_any_number_of_kinds_of_layer_is_traced():
+    """By default torch 2.13 gives up behind the eighth."""
+    layers = nn.ModuleList(Counted(i) for i in range(10))
+
+    def run(x):
+        for layer in layers:
+            x = layer(x)
+        return x
+
+    x = torch.ones(3)
+    torch.testing.assert_close(torch.compile(run, backend="eager", fullgraph=True)(x), run(x))
+
+
+class Counted(Repeated):
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def forward(self, x):
+        return self.region(self.likeness() + 0, x)
+
+    @region
+    def region(self, alike, x):
+        return x + self.number
