@@ -56,9 +56,9 @@ def build(
     if not config.regions:
         inline_regions(gm)
     eager = chosen_inner(config.inner, example_inputs) == "eager"
+    example_inputs = hold_floats_of_modules(gm, example_inputs)
     if eager or config.explain or config.diff:
         keep_source_lines(gm)
-    example_inputs = hold_floats_of_modules(gm, example_inputs)
     report.sites = sites.in_graph(gm)
     if needs_gradients(gm, example_inputs):
         report.skipped = GRADIENTS

@@ -66,8 +66,9 @@ def test_where_torch_has_no_regions_with_floats_they_are_written_out(eps):
     assert all(r.rules["raise.unit_norm"] == len(eps) for r in reports)
 
 
-def test_a_graph_that_needs_gradients_is_traced_once_too():
-    model, x = Stack(), torch.randn(4, 7, requires_grad=True)
+@pytest.mark.parametrize("eps", [(), (1e-6, 1e-6)], ids=["no regions", "regions"])
+def test_a_graph_that_needs_gradients_is_traced_once_too(eps):
+    model, x = Stack(*eps), torch.randn(4, 7, requires_grad=True)
     with pytest.warns(DSV4Warning) as caught:
         (got,) = torch.autograd.grad(compiled(model, [])(x).square().sum(), [x])
     (want,) = torch.autograd.grad(model(x).square().sum(), [x])
