@@ -49,12 +49,12 @@ def caller(piece: Piece, name: str) -> Callable[..., Any]:
     return call
 
 
-def taken_apart(gm: fx.GraphModule, inputs: Sequence[Any]) -> Apart | None:
-    """Dynamo's graph in pieces, or None if no body is called twice in the same way, or more pieces lie between the calls
-    than taking them apart would save."""
-    own = shared(gm)
+def taken_apart(gm: fx.GraphModule, inputs: Sequence[Any], calls: int = 2) -> Apart | None:
+    """Dynamo's graph in pieces, or None if no body is called twice (or `calls` times) in the same way, or more pieces lie
+    between the calls than taking them apart would save."""
+    own = shared(gm, calls)
     runs = list(between(gm, own))
-    if not own or len(runs) > len(set(own.values())) + 2:
+    if not own or (calls > 1 and len(runs) > len(set(own.values())) + 2):
         return None
     examples: dict[Node, Any] = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
     sizes = [n for n in examples if isinstance(example(n, examples), torch.SymInt)]
@@ -90,9 +90,9 @@ def taken_apart(gm: fx.GraphModule, inputs: Sequence[Any]) -> Apart | None:
     return Apart(fx.GraphModule(torch.nn.Module(), driver), pieces)
 
 
-def shared(gm: fx.GraphModule) -> dict[Node, str]:
-    """Calls of bodies that are called twice or more, with the name of the body's piece: calls whose operands alias each
-    other in the same way share one."""
+def shared(gm: fx.GraphModule, times: int = 2) -> dict[Node, str]:
+    """Calls of bodies that are called so many times or more, with the name of the body's piece: calls whose operands alias
+    each other in the same way share one."""
     groups: dict[tuple[str, tuple[tuple[int, Any], ...]], list[Node]] = {}
     for node in gm.graph.nodes:
         if node.target is not torch.ops.higher_order.invoke_subgraph:
@@ -102,7 +102,7 @@ def shared(gm: fx.GraphModule) -> dict[Node, str]:
         )
         if plain:
             groups.setdefault((holder_of(node).target, aliases(operands_of(node))), []).append(node)
-    several = [calls for calls in groups.values() if len(calls) > 1]
+    several = [calls for calls in groups.values() if len(calls) >= times]
     return {call: f"body_{i}" for i, calls in enumerate(several) for call in calls}
 
 

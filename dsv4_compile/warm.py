@@ -123,7 +123,7 @@ def survey(
 
     found = Survey(candidates)
     with torch.device("meta"):
-        model = DSV4(one_of_each(config)).to("meta", dtype).eval().requires_grad_(False)  # some is made on the CPU
+        model = DSV4(one_of_each(config, 2)).to("meta", dtype).eval().requires_grad_(False)  # some is made on the CPU
     with compiling_for(arch), torch.no_grad():
         for count in tokens:
             torch._dynamo.reset()
@@ -138,22 +138,27 @@ def survey(
     return found
 
 
-def one_of_each(config: "DSV4Config") -> "DSV4Config":
-    """The config of a model with one layer of each kind, in their order: layers of a kind launch the same kernels."""
-    kinds = list(dict.fromkeys(zip(config.layer_types, config.mlp_layer_types, strict=True)))
+def one_of_each(config: "DSV4Config", times: int = 1) -> "DSV4Config":
+    """The config of a model with one layer of each kind, in their order: layers of a kind launch the same kernels. times: or
+    so many in a row."""
+    found = dict.fromkeys(zip(config.layer_types, config.mlp_layer_types, strict=True))
+    kinds = [kind for kind in found for _ in range(times)]
     layers, experts = zip(*kinds, strict=True)
     return config.replace(num_hidden_layers=len(kinds), layer_types=layers, mlp_layer_types=experts)
 
 
 def look(manager: PassManager, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """A backend that shows the graph to the passes, and runs it as it was."""
-    from torch._inductor.compile_fx import compile_fx
+    """A backend that shows the graph to the passes, and runs it as it was. They see the body of each kind of layer, as
+    layers share it that there are several of; and the whole, where rewrites reach from one layer to the next."""
+    from .backend import compile_graph
+    from .bodies import taken_apart
+    from .graphs.instances import inline_regions
 
-    from .backend import run_op_by_op
-
-    patches: dict[str, Any] = {"joint_custom_pre_pass": manager, "force_disable_caches": True}
-    inner: dict[str, Any] = {"inner_compile": run_op_by_op}
-    compile_fx(gm, inputs, config_patches=patches, **inner)
+    apart = taken_apart(gm, inputs, calls=1)
+    for piece in apart.pieces.values() if apart else ():
+        compile_graph(piece.gm, piece.inputs, manager, eager=True)
+    inline_regions(gm)
+    compile_graph(gm, inputs, manager, eager=True)
     return gm.forward
 
 

@@ -36,9 +36,10 @@ def store(tmp_path, monkeypatch):
 
 
 def test_a_key_names_what_the_binary_depends_on_and_nothing_else():
-    fields = router.KERNEL.key(SHAPE, router.Config(4)).fields
+    fields = norm.KERNEL.key(norm.Shape(24, "bf16", "none", 4), norm.Config(2, 4)).fields
     assert fields.keys() == {"op", "source", "shape", "config", "arch", "flags", "cutedsl", "tvm_ffi"}
-    assert fields["shape"] == {"experts": 24, "k": 4, "chosen": False} and fields["config"] == {"unroll": 4}
+    assert fields["shape"] == {"D": 24, "dtype": "bf16", "weight": "none", "rope": 4, "cache": "none"}
+    assert fields["config"] == {"warps": 2, "rows": 4}
     text = json.dumps(fields)
     assert "torch" not in text and "/" not in text and "0x" not in text
 
@@ -77,7 +78,7 @@ def test_built_once_then_loaded(store, monkeypatch):
 
 
 def test_another_source_under_the_same_version_is_another_entry(store, tmp_path, monkeypatch):
-    file, config = tmp_path / "kernel.py", router.Config(4)
+    file, config = tmp_path / "kernel.py", router.Config()
     kernel = base.Kernel("router", str(file), router.program, router.configs)
     monkeypatch.setattr(base.Kernel, "build", lambda self, shape, config: (file.read_bytes(), {}))
     monkeypatch.setattr(base, "load", lambda data: data)
