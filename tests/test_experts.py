@@ -162,9 +162,14 @@ SIZES = [
 
 
 WAYS = {"routed": dict(n=4), "chosen": dict(chosen=True), "table": dict(chosen=True, rows=50, n=4)}
+WAYS_IN_TURN = "routed", "chosen", "table", "routed", "chosen"
 STORED = [("none", "none"), ("mxfp4", "fp8"), ("fp8", "fp8"), ("nvfp4", "nvfp4"), ("mxfp4", "none")]
 TRIED = [(sizes, way, "mxfp4", "fp8", "bf16") for sizes in SIZES for way in WAYS]  # three kernels each to compile
-TRIED += [(SIZES[2], way, *stored, dtype) for way, stored in zip((*WAYS, *WAYS), STORED) for dtype in ("bf16", "fp32")]
+TRIED += [
+    (SIZES[2], way, *stored, dtype)
+    for way, stored in zip(WAYS_IN_TURN, STORED, strict=True)
+    for dtype in ("bf16", "fp32")
+]
 
 
 @pytest.mark.gpu
