@@ -22,6 +22,7 @@ def indexer(
     k: int,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """The k entries with the best sum_h w[h] relu(q[h] . key), among those that a query may see; -1 where there are fewer.
 
@@ -29,11 +30,14 @@ def indexer(
     visible - 1 may be seen; k <= E. Scores are in at least fp32. Returns [B, T, k] int64, a set: its order says nothing.
     Where equal scores compete for the last places, torch.topk chooses in the meaning, the lower entry wins elsewhere.
     With cos and sin [B, T, 1, dr/2], B or T of them possibly 1, the queries are turned first: `rope(q, cos, sin)`.
+    scale [B, E, 1], positive: keys are multiplied by it, as those stored in e4m3 are; it may multiply the scores instead.
     Source: DeepSeek-V4, indexer.
     """
     if cos is not None and sin is not None:
-        return indexer(rope(q, cos, sin, False), keys, w, visible, k)
-    s = F.relu(acc(q) @ acc(keys).mT.unsqueeze(1))
+        return indexer(rope(q, cos, sin, False), keys, w, visible, k, None, None, scale)
+    wide = acc(q).dtype
+    read = acc(keys) if scale is None else keys.to(wide) * scale.to(wide)
+    s = F.relu(acc(q) @ read.mT.unsqueeze(1))
     score = (s * acc(w).unsqueeze(-1)).sum(-2)
     seen = visible.unsqueeze(-1)
     entry = torch.arange(score.shape[-1], device=q.device)
@@ -42,16 +46,18 @@ def indexer(
 
 
 @indexer.cost
-def _(B, T, h, d, E, k):
+def _(B, T, h, d, E, k, bits):
+    """bits: of a number in a key, its share of a scale included."""
     scores = B * T * E
-    read = 2 * B * (T * h * d + E * d) + 4 * B * T * h + 8 * B * T
+    read = 2 * B * T * h * d + B * E * d * bits / 8 + 4 * B * T * h + 8 * B * T
     return Cost(flops=scores * h * (2 * d + 3) + scores, read=read, write=8 * B * T * k)
 
 
 @indexer.sizes
 def _(a):
     B, T, h, d = a.q.shape
-    return dict(B=B, T=T, h=h, d=d, E=a.keys.shape[1])
+    bits = 16 if a.scale is None else 8 + 8 * a.scale.dtype.itemsize / d
+    return dict(B=B, T=T, h=h, d=d, E=a.keys.shape[1], bits=bits)
 
 
 def not_turned(a) -> bool | str:
@@ -59,11 +65,12 @@ def not_turned(a) -> bool | str:
 
 
 @indexer.on("cpu", when=not_turned, worth=at_least(16, rows=lambda a: a.q.shape[0] * a.q.shape[1]))
-def _(q, keys, w, visible, k, cos=None, sin=None):
+def _(q, keys, w, visible, k, cos=None, sin=None, scale=None):
     """A block of queries at a time, and of the entries only those that some query of the block sees; no score at all where
     they fit into the list. 512 queries, 8 heads of 32, 512 entries, k = 64, one core: 6 ms against 54 in eager PyTorch, which
     copies the keys for every query, and 21 compiled."""
     B, T, h, d = q.shape
+    keys = keys if scale is None else keys.to(scale.dtype) * scale
     wide = reduce(torch.promote_types, (acc(x).dtype for x in (q, keys, w)))
     out, place = torch.empty(B, T, k, dtype=torch.int64), torch.arange(k)
     for b in range(B):
@@ -101,6 +108,8 @@ LARGEST = 319488  # entries for which the kernel has room
 
 def fits_the_kernel(a) -> bool | str:
     """What kernels/indexer.py is written for."""
+    if a.scale is not None:
+        return "keys are scaled"
     if a.q.dtype != torch.bfloat16 or a.keys.dtype != torch.bfloat16 or a.w.dtype not in DTYPES:
         return "queries and keys must be bfloat16, weights bfloat16 or float32"
     h, d = a.q.shape[2:]
@@ -112,7 +121,7 @@ def fits_the_kernel(a) -> bool | str:
 
 
 @indexer.on("cuda", arch="sm_90+", when=fits_the_kernel)
-def _(q, keys, w, visible, k, cos=None, sin=None):
+def _(q, keys, w, visible, k, cos=None, sin=None, scale=None):
     """The entries in ascending order, -1 at the end; of equal scores at the end of the list the lower entries."""
     from dsv4_compile.kernels.indexer import Shape, launch
 

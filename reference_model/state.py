@@ -47,12 +47,14 @@ class CompressorState(Parts):
     """Rows not yet compressed, and the entries so far.
 
     values, gates [B, R + draft, C] (at least fp32), entries [B, ceil(max_len / m) + 1, d], the last row being scratch.
+    scales: of entries in e4m3, fp32 [B, ceil(max_len / m) + 1, 1], else None.
     """
 
-    names = "values", "gates", "entries"
+    names = "values", "gates", "entries", "scales"
     values: Tensor
     gates: Tensor
     entries: Tensor
+    scales: Tensor | None = None
 
 
 @dataclass
@@ -87,8 +89,17 @@ class State:
     draft: int
 
     @staticmethod
-    def empty(config: DSV4Config, batch: int, max_len: int, draft: int, device, dtype: torch.dtype) -> "State":
-        """The state before the first token, for up to `max_len` tokens a row; kv in `dtype`."""
+    def empty(
+        config: DSV4Config,
+        batch: int,
+        max_len: int,
+        draft: int,
+        device,
+        dtype: torch.dtype,
+        index_dtype: torch.dtype | None = None,
+    ) -> "State":
+        """The state before the first token, for up to `max_len` tokens a row; kv in `dtype`, the indexer's keys in
+        `index_dtype` if given: e4m3, with a scale for each (`quantize_rows`)."""
         if batch < 1 or max_len < 1 or draft < 0:
             raise ValueError(f"a state needs batch >= 1, max_len >= 1, draft >= 0; got {batch=}, {max_len=}, {draft=}")
         if max_len > config.max_position_embeddings:
@@ -96,22 +107,25 @@ class State:
                 f"max_len {max_len} exceeds the model's context of {config.max_position_embeddings} tokens "
                 "(max_position_embeddings): ask for less"
             )
+        if index_dtype not in (None, dtype, torch.float8_e4m3fn):
+            raise ValueError(f"index_dtype {index_dtype}: expected torch.float8_e4m3fn, or that of the model ({dtype})")
         d, exact = config.head_dim, torch.promote_types(dtype, torch.float32)
 
         def zeros(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
             return still(torch.zeros(batch, rows, columns, device=device, dtype=dtype))
 
-        def compressor(m: int, overlap: bool, width: int) -> CompressorState:
-            rows, columns = (1 + overlap) * m + draft, (1 + overlap) * width
-            entries = zeros(-(-max_len // m) + 1, width, dtype)
-            return CompressorState(zeros(rows, columns, exact), zeros(rows, columns, exact), entries)
+        def compressor(m: int, overlap: bool, width: int, of_entries: torch.dtype = dtype) -> CompressorState:
+            rows, columns, count = (1 + overlap) * m + draft, (1 + overlap) * width, -(-max_len // m) + 1
+            scales = zeros(count, 1, torch.float32) if of_entries == torch.float8_e4m3fn else None
+            entries = zeros(count, width, of_entries)
+            return CompressorState(zeros(rows, columns, exact), zeros(rows, columns, exact), entries, scales)
 
         layers = []
         for kind in (*config.layer_types, *["sliding_attention"] * config.num_nextn_predict_layers):
             layer, m = LayerState(zeros(config.sliding_window + draft, d, dtype)), config.rate(kind)
             if kind == "compressed_sparse_attention":
                 layer.compressor = compressor(m, True, d)
-                layer.indexer = compressor(m, True, config.index_head_dim)
+                layer.indexer = compressor(m, True, config.index_head_dim, index_dtype or dtype)
             elif kind == "heavily_compressed_attention":
                 layer.compressor = compressor(m, False, d)
             layers.append(layer)
