@@ -127,7 +127,8 @@ class Step(Compressor):
 def program(shape: Shape, config: Config):
     """values and gates [B, S, C] fp32, entries [B, P, d], scales [B, P, 1] fp32 of those in e4m3, else None, slot [B, 1]
     int64, c and z [B, 1, C] fp32, ape [m, C] fp32, place [B, 1] int64, index [B, 1, rows] int64, weight [d], cos and sin
-    [B, 1, rope / 2] fp32, target [B, 1] int64, eps; the first four are written, at rows slot mod S and target. The bias is row place mod m."""
+    [B, 1, rope / 2] fp32, target [B, 1] int64, eps; the first four are written, at rows slot mod S and target. The bias is
+    row place mod m."""
     arguments = (*arguments_of(shape, cute.sym_int()), Float32(0.0), stream())
     return Step(shape, config), arguments
 

@@ -104,17 +104,20 @@ def best(score: Tensor, k: int) -> Tensor:
 # On a GPU
 
 LARGEST = 319488  # entries for which the kernel has room
+KEYS = {(torch.bfloat16, None): "bf16", (torch.float8_e4m3fn, torch.float32): "fp8"}  # and their scales
 
 
 def fits_the_kernel(a) -> bool | str:
     """What kernels/indexer.py is written for."""
-    if a.scale is not None:
-        return "keys are scaled"
-    if a.q.dtype != torch.bfloat16 or a.keys.dtype != torch.bfloat16 or a.w.dtype not in DTYPES:
-        return "queries and keys must be bfloat16, weights bfloat16 or float32"
+    if a.q.dtype != torch.bfloat16 or a.w.dtype not in DTYPES:
+        return "queries must be bfloat16, weights bfloat16 or float32"
+    if (a.keys.dtype, None if a.scale is None else a.scale.dtype) not in KEYS:
+        return "keys must be bfloat16, or float8_e4m3fn with scales in float32"
     h, d = a.q.shape[2:]
     if not isinstance(h, int) or not isinstance(d, int) or h > 64 or d % 32 or d > 128:
         return f"{h} heads of {d} channels: at most 64 of 32, 64, 96 or 128"
+    if a.scale is not None and d % 64:
+        return f"keys of {d} channels in float8_e4m3fn: 64 or 128 are needed"
     if rotary(a) % 8:
         return f"{rotary(a)} channels are turned: a multiple of 8 is needed"
     return known(a.keys.shape[1] <= LARGEST) or f"more than {LARGEST} entries, or nobody knows how many"
@@ -128,12 +131,18 @@ def _(q, keys, w, visible, k, cos=None, sin=None, scale=None):
     B, T, h, d = q.shape
     out = torch.empty(B, T, k, dtype=torch.int64, device=q.device)
     if out.numel():
-        rows = keys if keys.stride(2) == 1 and keys.stride(1) == d and keys.stride(0) % 8 == 0 else keys.contiguous()
-        shape = Shape(h, d, DTYPES[w.dtype], 0 if cos is None else 2 * cos.shape[-1])
+        vector = 16 // keys.dtype.itemsize
+        in_place = keys.stride(2) == 1 and keys.stride(1) == d and keys.stride(0) % vector == 0
+        rows, of_rows = (
+            keys if in_place else keys.contiguous(),
+            KEYS[keys.dtype, None if scale is None else scale.dtype],
+        )
+        shape = Shape(h, d, DTYPES[w.dtype], 0 if cos is None else 2 * cos.shape[-1], of_rows)
         launch(
             shape,
             q.reshape(B * T, h, d).contiguous(),
-            rows,
+            rows if scale is None else rows.view(torch.uint8),
+            None if scale is None else of_entries(scale),
             w.reshape(B * T, h).contiguous(),
             visible.reshape(-1).long().contiguous(),
             None if cos is None else of_tokens(cos, B, T),
@@ -142,3 +151,9 @@ def _(q, keys, w, visible, k, cos=None, sin=None, scale=None):
             T,
         )
     return out
+
+
+def of_entries(scale: Tensor) -> Tensor:
+    """[B, E, 1] -> [B, E], those of a sequence in a row."""
+    flat = scale.squeeze(-1)
+    return flat if flat.stride(1) == 1 else flat.contiguous()
