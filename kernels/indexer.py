@@ -512,9 +512,9 @@ class Program:
 
 def program(shape: Shape, config: Config):
     """q [N, h, d] bf16, keys [B, E, d] bf16, or bytes of e4m3 with scales [B, E] fp32, else None, w [N, h], visible [V]
-    int64 (token n reads place n mod V), cos and sin [P, rope / 2] fp32 (token n reads row n mod P) or None, scores [N, S] int64, in which 2 S >= E fp32 numbers find room, S a multiple of
-    8, or None -> out [N, k] int64; T, tokens of a request: N = B T; width: blocks of the launch that scores. More than
-    blocks (room - 16) entries have no room."""
+    int64 (token n reads place n mod V), cos and sin [P, rope / 2] fp32 (token n reads row n mod P) or None, scores [N, S]
+    int64, in which 2 S >= E fp32 numbers find room, S a multiple of 8, or None -> out [N, k] int64; T, tokens of a
+    request: N = B T; width: blocks of the launch that scores. More than blocks (room - 16) entries have no room."""
     N, B = cute.sym_int(), cute.sym_int()
     table = fake(Float32, cute.sym_int(), shape.rope // 2, align=4) if shape.rope else None
     arguments = (
