@@ -206,6 +206,33 @@ def test_the_kernel_is_the_meaning(shape, narrow, kernel_parity):
     kernel_parity(compressor_append, *one_token(shape, narrow), others=one_token(shape, narrow, seed=1), **tolerance)
 
 
+SCALED_SHAPES = [
+    dict(B=1, S=8, P=9, d=128, dr=64),
+    dict(B=1, S=8, P=9, d=128, dr=64, open_windows=1),
+    dict(B=5, S=9, P=40, d=20, dr=6, m=3),
+    dict(B=64, S=12, P=3, d=64, dr=16, overlap=False),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shape", SCALED_SHAPES, ids=str)
+def test_the_kernel_quantises_what_the_compressor_gives(shape):
+    """To the bit, where the compressor's own kernel has made the entries; and writes nothing else."""
+    args = scaled([a.cuda() if torch.is_tensor(a) else a for a in one_token(shape, False)])
+    values, gates, e = parts(args[0], args[1], torch.zeros(args[2].shape, device="cuda"), *args[4:])
+    target, before = args[-3].unsqueeze(-1), [t.clone() for t in args[:4]]
+    codes, scale = quantized(e.take_along_dim(target, 1))
+    got = compressor_append_fp8(*args)
+    assert torch.equal(got[0], values) and torch.equal(got[1], gates)
+    assert torch.equal(got[3], before[3].scatter(1, target, scale))
+    as_bytes = before[2].view(torch.uint8).scatter(1, target.expand_as(codes), codes.view(torch.uint8))
+    assert torch.equal(got[2].view(torch.uint8), as_bytes)
+    compressor_append_fp8.writing_target(*args)
+    for mine, theirs in zip(args[:4], got, strict=True):
+        assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("narrow", [True, False])
