@@ -131,7 +131,7 @@ def stored(B=1, T=1, h=64, d=128, E=1000, seed=0, shared=False):
     """The same with keys in e4m3, scales that are powers of two, and all as `best` takes it."""
     q, keys, w, visible = case(B, T, h, d, E, seed, shared)
     g = torch.Generator("cuda").manual_seed(seed)
-    scale = 2.0 ** torch.randint(-2, 3, (B, E + 1, 1), generator=g, device="cuda")[:, :-1].float()
+    scale = (2.0 ** torch.randint(-2, 3, (B, E + 1, 1), generator=g, device="cuda").float())[:, :-1]
     codes = torch.zeros(B, E + 1, d, device="cuda", dtype=torch.float8_e4m3fn)[:, :-1]
     codes.copy_(keys.float())
     return (q, codes, w, visible), scale, (q, codes.float() * scale, w, visible)
