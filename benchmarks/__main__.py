@@ -110,7 +110,8 @@ def errors(case: Case, arms: dict[str, Call], args: Inputs) -> dict[str, float]:
 
 def wrong(got: torch.Tensor, want: torch.Tensor) -> float:
     if got.is_floating_point():
-        return ((got.double() - want).norm() / want.norm().clamp(min=1e-300)).item()
+        got, want = got.double(), want.double()
+        return ((got - want).norm() / want.norm().clamp(min=1e-300)).item()
     there = want.sort(-1).values
     place = torch.searchsorted(there, got.contiguous()).clamp(max=there.shape[-1] - 1)
     return (there.gather(-1, place) != got).float().mean().item()

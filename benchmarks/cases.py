@@ -14,7 +14,7 @@ from torch import Tensor
 from dsv4_compile.lowerings.append import append, norm_rope_append
 from dsv4_compile.lowerings.attention import attention, dense_attention
 from dsv4_compile.lowerings.compressor import compressor
-from dsv4_compile.lowerings.compressor_append import compressor_append
+from dsv4_compile.lowerings.compressor_append import compressor_append, compressor_append_fp8
 from dsv4_compile.lowerings.dequantize import dequantize
 from dsv4_compile.lowerings.experts import experts
 from dsv4_compile.lowerings.grouped_mm import grouped_mm
@@ -35,7 +35,7 @@ from dsv4_compile.lowerings.shared_expert import shared_expert
 from dsv4_compile.lowerings.sinkhorn import sinkhorn
 from dsv4_compile.op import Op
 from dsv4_compile.reference_model import DSV4Config
-from dsv4_compile.reference_model.quant import quantize
+from dsv4_compile.reference_model.quant import quantize, quantize_rows
 
 CONTEXT = 32768  # tokens behind a decode step
 EPS, SINKHORN_EPS = 1e-6, 1e-6
@@ -203,12 +203,20 @@ class Cases:
             q, keys, w = self.x(B, T, h, dh), self.x(B, E, dh), self.draw(B, T, h)
             return q, keys, w, self.visible(rate), min(c.index_topk, E)
 
+        def of_stored() -> Inputs:
+            q, keys, w, *rest = scores()
+            codes, scale = quantize_rows(keys.float())
+            return q, codes, w, *rest, None, None, scale
+
         yield Case(f"indexer, {E} entries", indexer, scores)
+        if dh % 64 == 0:
+            yield Case(f"indexer, {E} entries in e4m3", indexer, of_stored)
         for kind, overlap in ((CSA, True), (HCA, False)):
             m = c.compress_rates[kind]
             yield Case(f"compressor, {m} to 1", compressor, lambda m=m, o=overlap: self.windows(m, o))
             written = lambda m=m, o=overlap: self.closed(m, o)  # noqa: E731
             yield Case(f"compressor and its memory, {m} to 1", compressor_append, written)
+        yield Case("indexer's compressor and its memory, entries in e4m3", compressor_append_fp8, self.scaled)
 
     def windows(self, m: int, overlap: bool) -> Inputs:
         """What `compressor` takes: at decode one window, just closed."""
@@ -229,6 +237,13 @@ class Cases:
         entries = self.x(B, self.entries(m) + 1, self.c.head_dim)
         return values, gates, entries, each(T), *rows, index, *of_windows, each(n), eps, overlap
 
+    def scaled(self) -> Inputs:
+        """Of the indexer, whose entries are in e4m3."""
+        c = self.c
+        index = type(self)(c.replace(head_dim=c.index_head_dim), self.B, self.T, self.device)
+        values, gates, entries, *rest = index.closed(c.compress_rates[CSA], True)
+        return values, gates, *quantize_rows(entries.float()), *rest
+
     def memory(self) -> Iterator[Case]:
         c, B, T = self.c, self.B, self.T
         d, S = c.head_dim, max(c.sliding_window, T)
@@ -245,6 +260,8 @@ class Cases:
             )
             made = lambda q=queries, m=memories: (*q(), *keys(), *m())  # noqa: E731
             yield Case(f"before attention{what}", PROLOGUES[len(compressors)], made)
+        stored = lambda: (*queries(), *keys(), *self.closed(c.compress_rates[CSA], True), *self.scaled())  # noqa: E731
+        yield Case("before attention, 4 to 1 twice, keys in e4m3", PROLOGUES["2_fp8"], stored)
 
     def products(self) -> Iterator[Case]:
         c, N = self.c, self.N

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from dsv4_compile.commands.inputs import InputError
 from dsv4_compile.commands.warm import config_of as named_or_read
 from dsv4_compile.reference_model import DSV4, DSV4Config, Loop, State, draw
+from dsv4_compile.reference_model.quant import quantize_rows
 
 SWA, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 LAYERS, WITHOUT_SWA = (SWA, CSA, HCA, CSA), (HCA, CSA, CSA)
 SHORT = {SWA: "SWA", CSA: "CSA", HCA: "HCA"}
 FORMATS = {"bf16": ("none", "none"), "fp8": ("fp8", "fp8"), "fp4": ("fp8", "mxfp4")}  # of dense weights and experts
+INDEX_KEYS = {"bf16": None, "fp8": torch.float8_e4m3fn}
 CONFIGS: dict[str, Callable[[], DSV4Config]] = {
     "flash": DSV4Config.flash,
     "pro": DSV4Config.pro,
@@ -131,14 +133,21 @@ def model_of(config: DSV4Config, device: torch.device) -> DSV4:
     return model.eval()
 
 
-def state_of(model: DSV4, batch: int, context: int) -> State:
-    """Equal numbers in every call: what is remembered of `context` tokens of each sequence."""
+def state_of(model: DSV4, batch: int, context: int, index_keys: str = "bf16") -> State:
+    """Equal numbers in every call: what is remembered of `context` tokens of each sequence, or of so many that a few may follow
+    in the model's context."""
     torch.manual_seed(1)
-    state = model.new_state(batch, context + ROOM)
+    context = min(context, model.config.max_position_embeddings - ROOM)
+    state = model.new_state(batch, context + ROOM, index_dtype=INDEX_KEYS[index_keys])
     for layer in state.layers:
         for part in layer.parts():
-            if isinstance(part, Tensor):
+            if isinstance(part, Tensor) and part.dtype != torch.float8_e4m3fn:
                 part.normal_()
+        if layer.indexer is not None and layer.indexer.scales is not None:
+            of_keys = layer.indexer.entries
+            codes, scales = quantize_rows(torch.randn(of_keys.shape, device=of_keys.device))
+            of_keys.copy_(codes)
+            layer.indexer.scales.copy_(scales)
     state.position.fill_(context)
     return state
 
@@ -170,5 +179,6 @@ def must_read(layer: nn.Module, config: DSV4Config, state: Any, batch: int, cont
             rows = context // config.rate(kind)
             rows = min(config.index_topk, rows) if picks else rows
             total += bytes_of(memory.values) + bytes_of(memory.gates)
-            total += batch * rows * memory.entries.shape[-1] * memory.entries.element_size()
+            for t in (memory.entries, memory.scales):
+                total += 0 if t is None else batch * rows * t.shape[-1] * t.element_size()
     return total

@@ -235,8 +235,10 @@ def choice(found: Any, args: Inputs) -> Call | None:
     if len(q) > 1 or cos is not None or q.shape[2] not in (32, 64) or q.shape[3] not in (32, 64, 128):
         return None
 
-    def prepare(q: Tensor, keys: Tensor, w: Tensor, visible: Tensor, *_: Any) -> Inputs:
-        (codes, scale), (rows, of_rows) = (by_vector(x[0]) for x in (q, keys))
+    def prepare(q: Tensor, keys: Tensor, w: Tensor, visible: Tensor, *rest: Any) -> Inputs:
+        codes, scale = by_vector(q[0])
+        stored = rest[-1] if keys.dtype == torch.float8_e4m3fn else None
+        rows, of_rows = by_vector(keys[0]) if stored is None else (keys[0], stored[0, :, 0])
         end = visible.view(-1).int()
         return codes, rows, of_rows, w[0].float() * scale, torch.zeros_like(end), end
 

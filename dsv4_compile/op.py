@@ -263,7 +263,7 @@ class Op:
                 f"{self.name}.on(in_place={arguments}): expected as many tensor arguments, the same for all implementations, "
                 f"as there are outputs ({len(self.outputs)})"
             )
-        for letter, argument in zip("abcdefgh", arguments, strict=False):
+        for letter, argument in zip("abcdefghijkl", arguments, strict=False):
             taken = re.sub(rf"\bTensor {argument}\b", f"Tensor({letter}!) {argument}", taken)
         self.in_place, name = arguments, f"{self.name}_"
         schema = taken.replace(self.name, name, 1) + " -> ()"

@@ -5,17 +5,34 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64
+from cutlass import Float32, Int32, Int64, Uint8, const_expr
 
 from dsv4_compile.kernel import Kernel, fake, stream
 from dsv4_compile.kernels import compressor
 from dsv4_compile.kernels import warps as of_warp
 from dsv4_compile.kernels.compressor import DTYPES, VECTOR, Compressor, Config
+from dsv4_compile.kernels.stored import as_float, assembled
+
+OF_ENTRIES = DTYPES | {"fp8": Uint8}
+LEAST = 448 * 2.0**-100  # beneath which the scale stays
+
+
+def codes(x, factor) -> Int32:
+    """Four numbers times a factor as e4m3, the first in the lowest byte."""
+    text = (
+        "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; "
+        "mov.b32 $0, {l, h}; }"
+    )
+    return Int32(assembled("i32", text, "=r,f,f,f,f", *(x[j] * factor for j in range(VECTOR))))
+
+
+def bits_of(x) -> Int32:
+    return Int32(assembled("i32", "mov.b32 $0, $1;", "=r,f", x))
 
 
 @dataclass(frozen=True)
 class Shape(compressor.Shape):
-    """As the compressor's, and the dtype of the entries."""
+    """As the compressor's, and the dtype of the entries: "bf16", "fp32", or "fp8": e4m3, of at most 128 channels."""
 
     entries: str = "bf16"
 
@@ -23,35 +40,69 @@ class Shape(compressor.Shape):
 class Step(Compressor):
     def __init__(self, shape: Shape, config: Config):
         super().__init__(shape, config)
-        self.target = DTYPES[shape.entries]
+        self.target = OF_ENTRIES[shape.entries]
 
     @cute.jit
     def __call__(
-        self, values, gates, entries, slot, c, z, ape, place, index, weight, cos, sin, target, eps: Float32, stream
+        self,
+        values,
+        gates,
+        entries,
+        scales,
+        slot,
+        c,
+        z,
+        ape,
+        place,
+        index,
+        weight,
+        cos,
+        sin,
+        target,
+        eps: Float32,
+        stream,
     ):
-        self.kernel(values, gates, entries, slot, c, z, ape, place, index, weight, cos, sin, target, eps).launch(
-            grid=[values.shape[0], 1, 1], block=[self.threads, 1, 1], stream=stream, use_pdl=True
-        )
+        self.kernel(
+            values, gates, entries, scales, slot, c, z, ape, place, index, weight, cos, sin, target, eps
+        ).launch(grid=[values.shape[0], 1, 1], block=[self.threads, 1, 1], stream=stream, use_pdl=True)
 
     @cute.kernel
-    def kernel(self, values, gates, entries, slot, c, z, ape, place, index, weight, cos, sin, target, eps):
+    def kernel(self, values, gates, entries, scales, slot, c, z, ape, place, index, weight, cos, sin, target, eps):
         of_warp.follow()
         v, _, _ = cute.arch.thread_idx()
         batch, _, _ = cute.arch.block_idx()
-        self.go(values, gates, entries, slot, c, z, ape, place, index, weight, cos, sin, target, eps, batch, v)
+        self.go(values, gates, entries, scales, slot, c, z, ape, place, index, weight, cos, sin, target, eps, batch, v)
 
     @cute.jit
-    def go(self, values, gates, entries, slot, c, z, ape, place, index, weight, cos, sin, target, eps, batch, v):
+    def go(
+        self, values, gates, entries, scales, slot, c, z, ape, place, index, weight, cos, sin, target, eps, batch, v
+    ):
         """One sequence."""
         closed = index[batch, 0, self.rows - 1] >= 0  # asked for before anything is written, as is where the entry goes
         pool = Int32(target[batch, 0])
         if v < self.d // VECTOR:
             self.remember(values, gates, slot, c, z, ape, place, batch, v)
         entry = self.entry(values, gates, index, weight, cos, sin, eps, batch, 0, v, closed)
-        if v < self.d // VECTOR:
+        if const_expr(scales is not None):
+            scale = self.scale(entry)
+            if v == 0:
+                scales[batch, pool, 0] = scale
+            if v < self.d // VECTOR:
+                words = cute.recast_tensor(cute.zipped_divide(entries[batch, pool, None], (VECTOR,))[None, v], Int32)
+                words[0] = codes(entry, as_float(Int32(254 << 23) - bits_of(scale)))  # over a power of two
+        elif v < self.d // VECTOR:
             rounded = cute.make_rmem_tensor((VECTOR,), self.target)
             rounded.store(entry.load().to(self.target))
             cute.autovec_copy(rounded, cute.zipped_divide(entries[batch, pool, None], (VECTOR,))[None, v])
+
+    def scale(self, entry):
+        """The least power of two by which an entry fits e4m3, of which each lane of a warp has some channels: the exponent of
+        the largest over 1.75 2^8."""
+        largest = Float32(LEAST)
+        for j in range(VECTOR):
+            largest = cute.arch.fmax(largest, cute.arch.fmax(entry[j], -entry[j]))
+        largest = cute.arch.warp_reduction(largest, cute.arch.fmax)
+        return as_float((((bits_of(largest) + Int32(0x1FFFFF)) >> 23) - 8) << 23)
 
     @cute.jit
     def remember(self, values, gates, slot, c, z, ape, place, batch, v):
@@ -74,9 +125,10 @@ class Step(Compressor):
 
 
 def program(shape: Shape, config: Config):
-    """values and gates [B, S, C] fp32, entries [B, P, d], slot [B, 1] int64, c and z [B, 1, C] fp32, ape [m, C] fp32, place
-    [B, 1] int64, index [B, 1, rows] int64, weight [d], cos and sin [B, 1, rope / 2] fp32, target [B, 1] int64, eps; the
-    first three are written, at rows slot mod S and target. The bias is row place mod m."""
+    """values and gates [B, S, C] fp32, entries [B, P, d], scales [B, P, 1] fp32 of those in e4m3, else None, slot [B, 1]
+    int64, c and z [B, 1, C] fp32, ape [m, C] fp32, place [B, 1] int64, index [B, 1, rows] int64, weight [d], cos and sin
+    [B, 1, rope / 2] fp32, target [B, 1] int64, eps; the first four are written, at rows slot mod S and target. The bias is
+    row place mod m."""
     arguments = (*arguments_of(shape, cute.sym_int()), Float32(0.0), stream())
     return Step(shape, config), arguments
 
@@ -85,13 +137,14 @@ def arguments_of(shape: Shape, B):
     """All tensors."""
     d = shape.d
     C, S, P = (1 + shape.overlap) * d, cute.sym_int(), cute.sym_int()
-    of_entries, of_weight = DTYPES[shape.entries], DTYPES[shape.weight]
+    of_entries, of_weight = OF_ENTRIES[shape.entries], DTYPES[shape.weight]
     one = lambda: fake(Int64, B, 1, align=8)  # noqa: E731
     table = lambda: fake(Float32, B, 1, shape.rope // 2, align=4)  # noqa: E731
     return (
         fake(Float32, B, S, C),
         fake(Float32, B, S, C),
         fake(of_entries, B, P, d, align=VECTOR * of_entries.width // 8),
+        fake(Float32, B, P, 1, align=4) if shape.entries == "fp8" else None,
         one(),
         fake(Float32, B, 1, C),
         fake(Float32, B, 1, C),

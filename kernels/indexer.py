@@ -8,7 +8,11 @@ blocks, and all blocks come to the same conclusion. At last each block writes it
 before it; of equal ones at the end the lower.
 
 Few tokens with many entries leave most processors without work that way. Then all of them write scores first, by a launch
-of its own, which the clusters read.
+of its own, which the clusters read. There each lane has a ring in shared memory of what it will itself put into products, so
+that several tiles are on their way and nobody waits for another lane.
+
+Keys in e4m3 become bf16 by moving bits, which multiplies them by 2^-120; queries make up for some of it. The scale of an
+entry multiplies its score.
 """
 
 from collections.abc import Iterator
@@ -16,9 +20,10 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64, Uint32, const_expr
+from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, const_expr
 
 from dsv4_compile.kernel import Kernel, fake, rounded, stream
+from dsv4_compile.kernels import stored
 from dsv4_compile.kernels import warps as of_warp
 
 BINS = 2048
@@ -29,29 +34,45 @@ SMS = 132  # processors that the cost model reckons with
 SHARED = 227 * 1024 - 1024
 MOST, MANY = 1 << 22, 1 << 12  # scores that are written: 16 MB; of so many tokens
 LARGEST = 319488  # entries that a cluster has room for
+RING, DEEPEST = 9 << 14, 8  # bytes of a block's rings, and tiles of one
+E4M3 = stored.Format("fp8")
+LIFT = stored.Format("fp8").lift  # of queries
+LIFTS = (127 + 48) * 0x800080  # a pair of it in bf16
 
 
 @dataclass(frozen=True)
 class Shape:
     """heads: at most 64. d: channels, a multiple of 32 and at most 128. weights: their dtype. rope: trailing channels of the
-    queries to turn first, in pairs, a multiple of 8, or 0."""
+    queries to turn first, in pairs, a multiple of 8, or 0. keys: "bf16", or "fp8", e4m3 with scales, where d is a multiple of
+    64."""
 
     heads: int
     d: int
     weights: str = "fp32"
     rope: int = 0
+    keys: str = "bf16"
+
+    @property
+    def row(self) -> int:
+        """Bytes of a key."""
+        return self.d * (2 if self.keys == "bf16" else 1)
+
+    @property
+    def stage(self) -> int:
+        """Bytes of a tile in a ring."""
+        return TILE * self.row + (0 if self.keys == "bf16" else 128)
 
 
 @dataclass(frozen=True)
 class Config:
     """blocks: of a cluster, which has the entries of a token. room: entries of a block, a multiple of 16. warps: of a block.
-    apart: scores by a launch of their own. ahead: tiles of each warp, beyond the next, that are on their way into L2."""
+    apart: scores by a launch of their own. stages: tiles of a warp's ring, at least 2; 0: one tile ahead, in registers."""
 
     blocks: int
     room: int
     warps: int
     apart: bool
-    ahead: int = 0
+    stages: int = 0
 
     def covers(self, entries: int) -> bool:
         return self.blocks * (self.room - TILE) >= entries
@@ -101,18 +122,19 @@ class Program:
     def __init__(self, shape: Shape, config: Config):
         self.h, self.d, self.rope = shape.heads, shape.d, shape.rope
         self.tiles, self.lines = -(-shape.heads // 8), shape.d // 32  # of 8 heads, of 32 channels
-        self.blocks, self.room, self.apart, self.ahead = config.blocks, config.room, config.apart, config.ahead
+        self.scaled, self.row, self.stage, self.pieces = shape.keys == "fp8", shape.row, shape.stage, shape.row // 64
+        self.blocks, self.room, self.apart, self.stages = config.blocks, config.room, config.apart, config.stages
         self.warps, self.threads = config.warps, 32 * config.warps
         self.plan = Plan(config)
 
     @cute.jit
-    def __call__(self, q, keys, w, visible, cos, sin, scores, out, T: Int32, width: Int32, stream):
+    def __call__(self, q, keys, scales, w, visible, cos, sin, scores, out, T: Int32, width: Int32, stream):
         N = q.shape[0]
         if const_expr(self.apart):
-            self.write_scores(q, keys, w, visible, cos, sin, scores, out.shape[1], T).launch(
+            self.write_scores(q, keys, scales, w, visible, cos, sin, scores, out.shape[1], T).launch(
                 grid=[width, N, 1], block=[32 * SCORERS, 1, 1], min_blocks_per_mp=1, stream=stream, use_pdl=True
             )
-        self.select(q, keys, w, visible, cos, sin, scores, out, T).launch(
+        self.select(q, keys, scales, w, visible, cos, sin, scores, out, T).launch(
             grid=[self.blocks * N, 1, 1],
             block=[self.threads, 1, 1],
             cluster=[self.blocks, 1, 1],
@@ -128,7 +150,7 @@ class Program:
     # Scores
 
     @cute.kernel
-    def write_scores(self, q, keys, w, visible, cos, sin, scores, k, T):
+    def write_scores(self, q, keys, scales, w, visible, cos, sin, scores, k, T):
         of_warp.follow()
         thread, _, _ = cute.arch.thread_idx()
         block, token, _ = cute.arch.block_idx()
@@ -136,58 +158,104 @@ class Program:
         n = self.seen(visible, keys, token)
         if n > k:
             warp = cute.arch.make_warp_uniform(thread // 32)
-            weights = cutlass.memory.SmemAllocator().allocate_tensor(Float32, cute.make_layout((64,)), 128)
+            allocator = cutlass.memory.SmemAllocator()
+            weights, ring = allocator.allocate_tensor(Float32, cute.make_layout((64,)), 128), Int32(0)
+            if const_expr(self.stages > 0):
+                words = SCORERS * self.stages * self.stage // 4
+                rings = allocator.allocate_tensor(Int32, cute.make_layout((words,)), 128)
+                ring = rings.iterator.toint() + warp * (self.stages * self.stage)
             first, last, step = block * SCORERS + warp, cute.ceil_div(n, TILE), width * SCORERS
-            self.score(
-                q,
-                keys,
-                w,
-                cos,
-                sin,
-                weights,
-                token,
-                T,
-                first,
-                last,
-                step,
-                cute.recast_tensor(scores[token, None], Float32),
-                0,
-            )
+            target = cute.recast_tensor(scores[token, None], Float32)
+            self.score(q, keys, scales, w, cos, sin, weights, ring, token, T, first, last, step, target, 0)
 
     @cute.jit
-    def score(self, q, keys, w, cos, sin, weights, token, T, first, last, step, target, skip):
-        """Tiles `first`, `first + step`, ... below `last`, into target[entry - skip]; the next tile is on its way."""
+    def score(self, q, keys, scales, w, cos, sin, weights, ring, token, T, first, last, step, target, skip):
+        """Tiles `first`, `first + step`, ... below `last`, into target[entry - skip]; later tiles are on their way, in the ring
+        or in registers."""
         thread, _, _ = cute.arch.thread_idx()
         lane, request = cute.arch.lane_idx(), token // T
-        here = self.load(keys, request, first, lane)
+        if const_expr(self.stages > 0):
+            for i in cutlass.range_constexpr(self.stages - 1):
+                self.request_tile(keys, scales, request, first + i * step, last, ring + i * self.stage, lane)
+        else:
+            here, by = self.load(keys, request, first, lane), self.factor(scales, request, first, lane)
         heads = self.queries(q, cos, sin, token, lane)
         if thread < 64:
             weights[thread] = w[token, thread].to(Float32) if thread < self.h else Float32(0.0)
         cute.arch.barrier()
-        for tile in cutlass.range(first, last, step, unroll=1):
-            coming = self.load(keys, request, tile + step, lane)
-            if const_expr(self.ahead > 0):
-                self.announce(keys, request, tile + (1 + self.ahead) * step, lane)
-            self.write(self.products(here, heads, weights, lane), tile, target, skip, lane)
-            here.store(coming.load())
+        if const_expr(self.stages > 0):
+            slot = Int32(0)
+            for tile in cutlass.range(first, last, step, unroll=1):
+                cute.arch.cp_async_wait_group(self.stages - 2)
+                entries, times = self.received(ring + slot * self.stage, lane)
+                before = slot - 1 if slot > 0 else Int32(self.stages - 1)  # what it held has been used
+                coming = tile + (self.stages - 1) * step
+                self.request_tile(keys, scales, request, coming, last, ring + before * self.stage, lane)
+                self.write(self.products(entries, heads, weights, lane), times, tile, target, skip, lane)
+                slot = slot + 1 if slot < self.stages - 1 else Int32(0)
+        else:
+            for tile in cutlass.range(first, last, step, unroll=1):
+                coming, then = (
+                    self.load(keys, request, tile + step, lane),
+                    self.factor(scales, request, tile + step, lane),
+                )
+                self.write(self.products(here, heads, weights, lane), by, tile, target, skip, lane)
+                here.store(coming.load())
+                by = then
+
+    def entry(self, keys, tile, lane, upper):
+        """The entry of which a lane has channels, or the one 8 further. Beyond the last entry it is that one."""
+        return cutlass.min(tile * TILE + lane // 4 + 8 * upper, keys.shape[1] - 1)
 
     @cute.jit
-    def announce(self, keys, request, tile, lane):
-        """Start moving a tile into L2, a 32nd of it by each lane."""
-        rows = keys.iterator.toint() + 2 * Int64(request) * keys.stride[0]
-        place = cutlass.min(tile * (TILE * self.d * 2) + lane * self.d, (keys.shape[1] - 1) * (self.d * 2))
-        cute.arch.inline_ptx("prefetch.global.L2 [{$r0}];", read_only_args=[rows + place])
+    def request_tile(self, keys, scales, request, tile, last, slot, lane):
+        """Start to copy a tile into a slot of the ring: each lane what it will read, as `load` has it. In any case a group."""
+        if tile < last:
+            number = keys.element_type.width // 8
+            rows = keys.iterator.toint() + number * (Int64(request) * keys.stride[0]) + 16 * (lane % 4)
+            for i in cutlass.range_constexpr(2):
+                source = rows + Int64(self.entry(keys, tile, lane, i)) * self.row
+                for s in cutlass.range_constexpr(self.pieces):
+                    target = slot + (i * self.pieces + s) * 512 + lane * 16
+                    of_warp.copy_16(target, source + 64 * s, Int32(16))
+            if const_expr(self.scaled):
+                place = Int64(request) * scales.stride[0] + self.entry(keys, tile, lane, lane % 2)
+                stored.fetch_word(slot + self.pieces * 1024 + lane * 4, scales.iterator.toint() + 4 * place)
+        cute.arch.cp_async_commit_group()
+
+    def received(self, slot, lane):
+        """A tile out of its slot, as `load` has it, and its factor."""
+        part = cute.make_rmem_tensor((4, self.pieces, 2), Int32)
+        for i in range(2):
+            for s in range(self.pieces):
+                words = of_warp.load_four(slot + (i * self.pieces + s) * 512 + lane * 16)
+                for j, word in enumerate(words):
+                    part[j, s, i] = word
+        by = Float32(1.0)
+        if self.scaled:
+            by = of_warp.load_word(slot + self.pieces * 1024 + lane * 4, True) * Float32(1 / (E4M3.unit * LIFT))
+        return part, by
 
     @cute.jit
     def load(self, keys, request, tile, lane):
-        """The entries of a tile: a lane has 8 channels of each 32, of two entries. Beyond the last entry it reads that one."""
-        part = cute.make_rmem_tensor((8, self.lines, 2), BFloat16)
+        """The entries of a tile: a lane has 16 bytes of each 64, of two entries."""
+        many = 128 // keys.element_type.width
+        part = cute.make_rmem_tensor((many, self.pieces, 2), keys.element_type)
         for i in cutlass.range_constexpr(2):
-            entry = cutlass.min(tile * TILE + lane // 4 + 8 * i, keys.shape[1] - 1)
-            row = cute.zipped_divide(keys[request, entry, None], (8,))
-            for s in cutlass.range_constexpr(self.lines):
+            row = cute.zipped_divide(keys[request, self.entry(keys, tile, lane, i), None], (many,))
+            for s in cutlass.range_constexpr(self.pieces):
                 cute.autovec_copy(row[None, 4 * s + lane % 4], part[None, s, i])
-        return part
+        return cute.recast_tensor(part, Int32)
+
+    def factor(self, scales, request, tile, lane):
+        """What makes a score of an entry's products: of lane 0 of four that of the first one, of lane 1 of the second."""
+        if not self.scaled:
+            return Float32(1.0)
+        return scales[request, self.entry(scales, tile, lane, lane % 2)] * Float32(1 / (E4M3.unit * LIFT))
+
+    def run(self, r: int, lane):
+        """Which 8 channels of a key are a lane's r-th."""
+        return 8 * (r // 2) + 2 * (lane % 4) + r % 2 if self.scaled else 4 * r + lane % 4
 
     @cute.jit
     def queries(self, q, cos, sin, token, lane):
@@ -196,12 +264,12 @@ class Program:
         for t in cutlass.range_constexpr(self.tiles):
             row = cute.zipped_divide(q[token, cutlass.min(8 * t + lane // 4, self.h - 1), None], (8,))
             for s in cutlass.range_constexpr(self.lines):
-                cute.autovec_copy(row[None, 4 * s + lane % 4], heads[None, s, t])
+                cute.autovec_copy(row[None, self.run(s, lane)], heads[None, s, t])
         if const_expr(self.rope > 0):
             first = self.d - self.rope
             for s in cutlass.range_constexpr(self.lines):
-                if const_expr(32 * s + 32 > first):
-                    angle = (32 * s + 8 * (lane % 4) - first) // 2
+                if const_expr((64 * (s // 2) + 64 if self.scaled else 32 * s + 32) > first):
+                    angle = (8 * self.run(s, lane) - first) // 2
                     cosines, sines = cute.make_rmem_tensor((4,), Float32), cute.make_rmem_tensor((4,), Float32)
                     cosines.fill(1.0)
                     sines.fill(0.0)
@@ -217,13 +285,33 @@ class Program:
                             x[2 * p] = a * cosines[p] - b * sines[p]
                             x[2 * p + 1] = a * sines[p] + b * cosines[p]
                         heads[None, s, t].store(x.load().to(BFloat16))
-        return heads
+        words = cute.recast_tensor(heads, Int32)
+        if const_expr(self.scaled):
+            pairs = [E4M3.order[i : i + 2] for i in range(0, 8, 2)]  # as decoded keys have them
+            for t in cutlass.range_constexpr(self.tiles):
+                for s in cutlass.range_constexpr(self.lines):
+                    old = [words[p, s, t] for p in range(4)]
+                    for p in cutlass.range_constexpr(4):
+                        words[p, s, t] = stored.times(stored.picked(old, *pairs[p]), Int32(LIFTS))
+        return words
+
+    def decoded(self, part):
+        """Pairs of bf16, by runs of 8 channels."""
+        if not self.scaled:
+            return part
+        out = cute.make_rmem_tensor((4, self.lines, 2), Int32)
+        for i in range(2):
+            for s in range(self.pieces):
+                for j in range(4):
+                    for p, word in enumerate(stored.e4m3(part[j, s, i])):
+                        out[2 * (j % 2) + p, 2 * s + j // 2, i] = word
+        return out
 
     @cute.jit
     def products(self, entries, heads, weights, lane):
         """Scores of two entries: sum_h weight relu(product). Where a product's 16 channels lie does not matter as long as both
         factors have them in the same places."""
-        a, b = cute.recast_tensor(entries, Int32), cute.recast_tensor(heads, Int32)
+        a, b = self.decoded(entries), heads
         low, high = Float32(0.0), Float32(0.0)
         together = 4  # sums that do not wait for each other
         for first in cutlass.range_constexpr(0, self.tiles, together):
@@ -246,17 +334,19 @@ class Program:
         return low, high
 
     @cute.jit
-    def write(self, both, tile, target, skip, lane):
+    def write(self, both, by, tile, target, skip, lane):
         low, high = both
         if lane % 4 < 2:
             score = low if lane % 4 == 0 else high
+            if const_expr(self.scaled):
+                score = score * by
             place = tile * TILE + lane // 4 + 8 * (lane % 4) - skip
             target[place] = score if const_expr(self.apart) else sortable(score)
 
     # The best
 
     @cute.kernel
-    def select(self, q, keys, w, visible, cos, sin, scores, out, T):
+    def select(self, q, keys, scales, w, visible, cos, sin, scores, out, T):
         if const_expr(not self.apart):
             of_warp.follow()
         thread, _, _ = cute.arch.thread_idx()
@@ -286,7 +376,8 @@ class Program:
                 weights = cute.make_tensor(
                     cute.recast_ptr(room.iterator + plan.weights, dtype=Float32), cute.make_layout((64,))
                 )
-                self.score(q, keys, w, cos, sin, weights, token, T, tile + warp, last, self.warps, room, first)
+                first_tile, step = tile + warp, self.warps
+                self.score(q, keys, scales, w, cos, sin, weights, 0, token, T, first_tile, last, step, room, first)
             of_warp.everybody(self.blocks)  # counts are zero, scores are there
             shift, prefix, need = self.threshold(k, mine, room, start, thread)
             self.write_chosen(out[token, None], rank, first, mine, shift, prefix, need, room, start, thread)
@@ -420,15 +511,16 @@ class Program:
 
 
 def program(shape: Shape, config: Config):
-    """q [N, h, d], keys [B, E, d] bf16, w [N, h], visible [V] int64 (token n reads place n mod V), cos and sin [P, rope / 2]
-    fp32 (token n reads row n mod P) or None, scores [N, S] int64, in which 2 S >= E fp32 numbers find room, S a multiple of
-    8, or None -> out [N, k] int64; T, tokens of a request: N = B T; width: blocks of the launch that scores. More than
-    blocks (room - 16) entries have no room."""
+    """q [N, h, d] bf16, keys [B, E, d] bf16, or bytes of e4m3 with scales [B, E] fp32, else None, w [N, h], visible [V]
+    int64 (token n reads place n mod V), cos and sin [P, rope / 2] fp32 (token n reads row n mod P) or None, scores [N, S]
+    int64, in which 2 S >= E fp32 numbers find room, S a multiple of 8, or None -> out [N, k] int64; T, tokens of a
+    request: N = B T; width: blocks of the launch that scores. More than blocks (room - 16) entries have no room."""
     N, B = cute.sym_int(), cute.sym_int()
     table = fake(Float32, cute.sym_int(), shape.rope // 2, align=4) if shape.rope else None
     arguments = (
         fake(BFloat16, N, shape.heads, shape.d),
-        fake(BFloat16, B, cute.sym_int(), shape.d),
+        fake(BFloat16 if shape.keys == "bf16" else Uint8, B, cute.sym_int(), shape.d),
+        fake(Float32, B, cute.sym_int(), align=4) if shape.keys == "fp8" else None,
         fake(BFloat16 if shape.weights == "bf16" else Float32, N, shape.heads, align=4),
         fake(Int64, cute.sym_int(), align=8),
         table,
@@ -443,11 +535,16 @@ def program(shape: Shape, config: Config):
 
 
 def configs(shape: Shape) -> Iterator[Config]:
-    for apart, warps, ahead in ((False, SCORERS, 0), (True, 16, 0), (True, 32, 0), (True, 16, 2)):
+    deep = max(2, min(DEEPEST, RING // (SCORERS * shape.stage)))
+    usual, other = (0, deep) if shape.keys == "bf16" else (deep, 0)  # rings of bf16 have not been timed
+    for apart, warps, stages in ((False, SCORERS, 0), (True, 16, usual), (True, 32, usual), (True, 16, other)):
         for blocks in (8, 4, 2, 1):
             for room in (2048, 8192, 40960):
-                if 4 * Plan(config := Config(blocks, room, warps, apart, ahead)).words <= SHARED:
+                if 4 * Plan(config := Config(blocks, room, warps, apart, stages)).words <= SHARED:
                     yield config
+
+
+READ = {"bf16": (7.2e-5, 7.2e-5), "fp8": (4.5e-5, 3.6e-5)}  # us for a key: one tile ahead, in rings
 
 
 def estimate(shape: Shape, config: Config, tokens: int, entries: int) -> float:
@@ -463,7 +560,7 @@ def estimate(shape: Shape, config: Config, tokens: int, entries: int) -> float:
     wait = 3.0 if config.blocks == 1 else 5.0 if config.blocks < 8 else 5.3 + 0.3 * min(tokens, 8)
     wait += 2.0 if config.warps > 16 else 0.0
     each = 4.1e-4 if config.warps > 16 else 5.3e-4
-    return 3.2 + 7.2e-5 * size * tokens * entries + rounds * (wait + each * share)
+    return 3.2 + READ[shape.keys][config.stages > 0] * size * tokens * entries + rounds * (wait + each * share)
 
 
 def rank(shape: Shape, work: tuple[int, ...]) -> list[Config]:
@@ -481,17 +578,17 @@ def rank(shape: Shape, work: tuple[int, ...]) -> list[Config]:
 KERNEL = Kernel("indexer", __file__, program, configs, rank)
 
 
-def launch(shape: Shape, q, keys, w, visible, cos, sin, out, T: int) -> None:
+def launch(shape: Shape, q, keys, scales, w, visible, cos, sin, out, T: int) -> None:
     """See `program`."""
     tokens, entries = 1 << max(0, len(q) - 1).bit_length(), keys.shape[1]  # no result depends on the configuration
     config = KERNEL.choice(shape, (tokens, min(rounded(entries), LARGEST)))
-    run(shape, config, q, keys, w, visible, cos, sin, out, T)
+    run(shape, config, q, keys, scales, w, visible, cos, sin, out, T)
 
 
-def run(shape: Shape, config: Config, q, keys, w, visible, cos, sin, out, T: int) -> None:
+def run(shape: Shape, config: Config, q, keys, scales, w, visible, cos, sin, out, T: int) -> None:
     """In this configuration, with room for it to work in."""
     scores, width, tiles = None, 1, -(-keys.shape[1] // TILE)
     if config.apart:
         scores = out.new_empty(len(q), tiles * TILE // 2)
         width = max(1, min(-(-tiles // SCORERS), SMS // len(q)))
-    KERNEL.launcher(shape, config)(q, keys, w, visible, cos, sin, scores, out, T, width)
+    KERNEL.launcher(shape, config)(q, keys, scales, w, visible, cos, sin, scores, out, T, width)

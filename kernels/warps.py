@@ -83,6 +83,15 @@ def load_words(address, local: bool):
     )
 
 
+def load_four(address):
+    """Four numbers of 32 bits from this block's shared memory, as they are."""
+    return cute.arch.inline_ptx(
+        "ld.shared.v4.b32 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        write_only_types=[Int32] * 4,
+        read_only_args=[address],
+    )
+
+
 def store_word(address, value):
     """Into the shared memory of the block that `of_block` gave the address in."""
     cute.arch.inline_ptx("st.shared::cluster.f32 [{$r0}], {$r1};", read_only_args=[address, value])

@@ -64,6 +64,7 @@ OPS: tuple[Op, ...] = (
     experts.experts,
     compressor.compressor,
     compressor_append.compressor_append,
+    compressor_append.compressor_append_fp8,
     *prologue.PROLOGUES.values(),
     attention.attention,
     attention.dense_attention,

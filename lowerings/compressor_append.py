@@ -1,5 +1,7 @@
 """A compressor's memory, one call on: rows written, windows that they close compressed, entries written."""
 
+from types import SimpleNamespace
+
 import torch
 
 from dsv4_compile.lowerings.append import append
@@ -42,15 +44,68 @@ def compressor_append(
     return values, gates, append(entries, target, e)
 
 
+FP8_MAX = 448.0
+SCALED = "values", "gates", "entries", "scales"
+
+
+def quantized(e: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [..., d] -> codes e4m3 and scales [..., 1] fp32: the least powers of two, from 2^-100, with which they fit."""
+    amax = e.abs().amax(-1, keepdim=True).float()
+    bits = (amax / FP8_MAX).clamp(min=2.0**-100).view(torch.int32)
+    scale = ((bits + 0x7FFFFF) & -0x800000).view(torch.float32)
+    return (e / scale).to(torch.float8_e4m3fn), scale
+
+
+@op("dsv4::compressor_append_fp8", outputs=tuple(f"new_{name}" for name in SCALED))
+def compressor_append_fp8(
+    values: Tensor,
+    gates: Tensor,
+    entries: Tensor,
+    scales: Tensor,
+    slot: Tensor,
+    c: Tensor,
+    z: Tensor,
+    ape: Tensor,
+    place: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    target: Tensor,
+    eps: float,
+    overlap: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`compressor_append` whose entries [B, P, d] are e4m3, each with a scale [B, P, 1] fp32: see `quantized`.
+    Source: DeepSeek-V4, formats of entries.
+    """
+    row = slot % values.shape[1]
+    values = append(values, row, c)
+    gates = append(gates, row, z + ape[place % ape.shape[0]])
+    codes, scale = quantized(compressor(values, gates, index, weight, cos, sin, eps, overlap))
+    return values, gates, append(entries, target, codes), append(scales, target, scale)
+
+
 @compressor_append.cost
 def _(B, T, C, n, R, d, bits):
     """Both rings in fp32; every window read."""
+    return cost(B, T, C, n, R, d, bits)
+
+
+@compressor_append_fp8.cost
+def _(B, T, C, n, R, d, bits):
+    """And a scale for each entry."""
+    c = cost(B, T, C, n, R, d, bits)
+    return Cost(flops=c.flops + 3 * B * n * d, read=c.read, write=c.write + 4 * B * n)
+
+
+def cost(B, T, C, n, R, d, bits) -> Cost:
     rows = B * n * R * d
     flops = B * T * C + 6 * rows + 8 * B * n * d
     return Cost(flops=flops, read=12 * B * T * C + 8 * rows + 8 * B * n * R, write=8 * B * T * C + B * n * d * bits / 8)
 
 
 @compressor_append.sizes
+@compressor_append_fp8.sizes
 def _(a):
     (B, n, R), (T, C) = a.index.shape, a.c.shape[1:]
     return dict(B=B, T=T, C=C, n=n, R=R, d=a.weight.shape[0], bits=8 * a.entries.dtype.itemsize)
@@ -58,22 +113,58 @@ def _(a):
 
 # On a GPU
 
+E4M3, MOST = torch.float8_e4m3fn, 128  # channels of scaled entries: those of a warp
+
+
+def is_scaled(a) -> bool:
+    """Whether these are arguments of `compressor_append_fp8`."""
+    return hasattr(a, "scales")
+
+
+def shape_of(a):
+    """Of its kernel."""
+    from dsv4_compile.kernels.compressor_append import Shape
+
+    entries = "fp8" if is_scaled(a) else DTYPES[a.entries.dtype]
+    return Shape(len(a.weight), a.index.shape[-1], 2 * a.cos.shape[-1], a.overlap, DTYPES[a.weight.dtype], entries)
+
+
+def tensors_of(a):
+    """All tensors, as its kernel takes them."""
+    entries, scales = (a.entries.view(torch.uint8), a.scales) if is_scaled(a) else (a.entries, None)
+    read = ("slot", "c", "z", "ape", "place", "index", "weight", "cos", "sin", "target")
+    return a.values, a.gates, entries, scales, *(getattr(a, name).contiguous() for name in read)
+
 
 def fits_one_token(a) -> bool | str:
     """What kernels/compressor_append.py is written for."""
-    if any(t.dtype != torch.float32 for t in (a.values, a.gates, a.ape)) or a.entries.dtype not in DTYPES:
-        return "values, gates and their bias must be float32, entries bfloat16 or float32"
+    if any(t.dtype != torch.float32 for t in (a.values, a.gates, a.ape)):
+        return "values, gates and their bias must be float32"
+    if is_scaled(a):
+        d = a.weight.shape[0]
+        if not isinstance(d, int) or d > MOST or a.entries.dtype != E4M3 or a.scales.dtype != torch.float32:
+            return (
+                f"entries of {d} channels, {a.entries.dtype} and {a.scales.dtype}: at most {MOST} of e4m3 with float32"
+            )
+    elif a.entries.dtype not in DTYPES:
+        return "entries must be bfloat16 or float32"
     if not (known(a.c.shape[1] == 1) and known(a.index.shape[1] == 1)):
         return "more than one token, or more windows"  # a block would read rows that others write
     return fits_the_kernel(a)
 
 
 @compressor_append.on("cuda", arch="sm_90+", in_place=("values", "gates", "entries"), when=fits_one_token)
-def _(values, gates, entries, slot, c, z, ape, place, index, weight, cos, sin, target, eps, overlap):
-    from dsv4_compile.kernels.compressor_append import Shape, launch
+def _(*given):
+    in_one(SimpleNamespace(**compressor_append.arguments(*given)))
 
-    if len(values):
-        of_window = DTYPES[weight.dtype]
-        shape = Shape(weight.shape[0], index.shape[-1], 2 * cos.shape[-1], overlap, of_window, DTYPES[entries.dtype])
-        given = (t.contiguous() for t in (slot, c, z, ape, place, index, weight, cos, sin, target))
-        launch(shape, values, gates, entries, *given, eps)
+
+@compressor_append_fp8.on("cuda", arch="sm_90+", in_place=SCALED, when=fits_one_token)
+def _(*given):
+    in_one(SimpleNamespace(**compressor_append_fp8.arguments(*given)))
+
+
+def in_one(a) -> None:
+    from dsv4_compile.kernels.compressor_append import launch
+
+    if len(a.values):
+        launch(shape_of(a), *tensors_of(a), a.eps)

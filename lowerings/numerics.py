@@ -414,16 +414,30 @@ CONTRACTS: dict[str, Contract] = {
         order="maximum first, then sums over a window's rows",
         draws={"index": Windows("c"), "weight": Uniform(0.5, 1.5), "cos": Uniform(-1, 1), "sin": Uniform(-1, 1)},
     ),
+    "compressor_append_fp8": Contract(
+        ("values", "gates", "entries", "scales"),
+        order="maximum first, then sums over a window's rows",
+        draws=memory("") | {"scales": Scale()},
+    ),
     "compressor_append": Contract(
         ("values", "gates", "entries"), order="maximum first, then sums over a window's rows", draws=memory("")
     ),
     **{
-        f"prologue_{count}": Contract(
-            ("q", "ring", *(f"{name}{i}" for i in range(count) for name in ("values", "gates", "entries"))),
+        f"prologue_{name}": Contract(
+            ("q", "ring", *outputs),
             order="as norm_rope, norm_rope_append and compressor_append",
-            draws={**KEYS, "q": Normal(spread=True), **{n: d for i in range(count) for n, d in memory(str(i)).items()}},
+            draws={
+                **KEYS,
+                "q": Normal(spread=True),
+                **{n: d for i in range(int(name[0])) for n, d in memory(str(i)).items()},
+            },
         )
-        for count in range(3)
+        for name, outputs in {
+            "0": (),
+            "1": ("values0", "gates0", "entries0"),
+            "2": ("values0", "gates0", "entries0", "values1", "gates1", "entries1"),
+            "2_fp8": ("values0", "gates0", "entries0", "values1", "gates1", "entries1", "scales1"),
+        }.items()
     },
     "dense_attention": Contract(
         ("q",),

@@ -1,6 +1,6 @@
 """Between a decode step's products and its attention: norm, RoPE and all caches, in one launch.
 
-An op for each number of compressors: an op's tensors are known by name.
+An op for each number of compressors, and whether the last has entries in e4m3: an op's tensors are known by name.
 """
 
 from inspect import Parameter, Signature
@@ -8,51 +8,68 @@ from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 from dsv4_compile.lowerings.append import fits_with_cache, norm_rope_append
-from dsv4_compile.lowerings.compressor_append import compressor_append, fits_one_token
+from dsv4_compile.lowerings.compressor_append import (
+    compressor_append,
+    compressor_append_fp8,
+    fits_one_token,
+    tensors_of,
+)
+from dsv4_compile.lowerings.compressor_append import shape_of as shape_of_compressor
 from dsv4_compile.lowerings.norm import DTYPES, repeated, table
 from dsv4_compile.lowerings.rope import fits_with_rope, norm_rope
 from dsv4_compile.op import Cost, Op, Tensor, op
 
 MOST = 2  # compressors: that of the keys, and the indexer's
 OF_QUERIES: dict[str, Any] = dict(q=Tensor, q_eps=float, q_cos=Tensor, q_sin=Tensor)
-OF_KEYS, OF_COMPRESSOR = (
-    {name: kind for name, kind in get_type_hints(each.meaning).items() if name != "return"}
-    for each in (norm_rope_append, compressor_append)
-)
 
 
-def of(count: int) -> Op:
-    """dsv4::prologue_<count>: with so many compressors."""
-    types = OF_QUERIES | OF_KEYS
-    for i in range(count):
-        types |= {f"{name}{i}": kind for name, kind in OF_COMPRESSOR.items()}
+def arguments_of(part: Op) -> dict[str, Any]:
+    return {name: kind for name, kind in get_type_hints(part.meaning).items() if name != "return"}
+
+
+OF_KEYS = arguments_of(norm_rope_append)
+
+
+def of(name: str, *memories: Op) -> Op:
+    """dsv4::prologue_<name>: with these of compressors."""
+    types, count = OF_QUERIES | OF_KEYS, len(memories)
+    for i, memory in enumerate(memories):
+        types |= {f"{name}{i}": kind for name, kind in arguments_of(memory).items()}
     signature = Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in types])
 
     def parts(*args: Any, **kwargs: Any) -> tuple[Any, Any, list[Any]]:
         """The arguments of queries, keys and each compressor."""
         a = signature.bind(*args, **kwargs).arguments
-        compressors = [SimpleNamespace(**{name: a[f"{name}{i}"] for name in OF_COMPRESSOR}) for i in range(count)]
+        compressors = [
+            SimpleNamespace(**{name: a[f"{name}{i}"] for name in memory.signature.parameters})
+            for i, memory in enumerate(memories)
+        ]
         queries = SimpleNamespace(x=a["q"], weight=None, eps=a["q_eps"], cos=a["q_cos"], sin=a["q_sin"])
         return queries, SimpleNamespace(**{name: a[name] for name in OF_KEYS}), compressors
 
     def meaning(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         q, keys, compressors = parts(*args, **kwargs)
-        each = (compressor_append(**vars(c)) for c in compressors)
-        return norm_rope(**vars(q)), norm_rope_append(**vars(keys)), *(t for three in each for t in three)
+        each = (memory(**vars(c)) for memory, c in zip(memories, compressors, strict=True))
+        return norm_rope(**vars(q)), norm_rope_append(**vars(keys)), *(t for some in each for t in some)
 
-    meaning.__doc__ = f"""`norm_rope` of queries, `norm_rope_append` of keys, `compressor_append` of {count} compressors.
+    what = ", ".join(memory.name for memory in memories) or "no compressor"
+    meaning.__doc__ = f"""`norm_rope` of queries, `norm_rope_append` of keys; {what}.
 
     q [..., d] with q_eps, q_cos and q_sin; the rest as these ops take it, a number behind the names of the compressors' ->
-    queries, ring, and for each compressor values, gates and entries.  Source: DeepSeek-V4, attention and generation state.
+    queries, ring, and for each compressor values, gates, entries, perhaps scales.
+    Source: DeepSeek-V4, attention and generation state.
     """
     setattr(meaning, "__signature__", signature)  # noqa: B010
-    written = ["q", "ring", *(f"{name}{i}" for i in range(count) for name in ("values", "gates", "entries"))]
+    written = ["q", "ring"]
+    written += [
+        f"{of_part}{i}" for i, m in enumerate(memories) for of_part in list(m.signature.parameters)[: len(m.outputs)]
+    ]
     meaning.__annotations__ = types | {"return": tuple[(Tensor,) * len(written)]}  # type: ignore[misc]
-    made = op(f"dsv4::prologue_{count}", tuple(f"new_{name}" for name in written))(meaning)
+    made = op(f"dsv4::prologue_{name}", tuple(f"new_{argument}" for argument in written))(meaning)
 
     def costs(a: Any) -> list[Cost]:
         q, keys, compressors = parts(**vars(a))
-        ops = [(norm_rope, q), (norm_rope_append, keys), *((compressor_append, c) for c in compressors)]
+        ops = [(norm_rope, q), (norm_rope_append, keys), *zip(memories, compressors, strict=True)]
         return [each.cost_of(**each.bound_sizes(vars(b))) for each, b in ops]  # type: ignore[misc,arg-type]
 
     @made.cost
@@ -86,14 +103,11 @@ def of(count: int) -> Op:
         weight = None if keys.weight is None else keys.weight.contiguous()
         rows = keys.x.reshape(-1, keys.x.shape[-1]).contiguous()
         of_keys = rows, weight, *tables(keys), keys.ring, keys.slot.reshape(-1).contiguous()
-        read = ("slot", "c", "z", "ape", "place", "index", "weight", "cos", "sin", "target")
-        memories = tuple(
-            (c.values, c.gates, c.entries, *(getattr(c, name).contiguous() for name in read)) for c in compressors
-        )
+        tensors = tuple(tensors_of(c) for c in compressors)
         eps = [c.eps for c in compressors] + [0.0] * (MOST - count)
         shape = shape_of(q, keys, compressors)
         inner = (repeated(part.cos.shape, part.x.shape) for part in (q, keys))
-        launch(shape, of_queries, of_keys, memories or None, q.eps, keys.eps, *eps, *inner)
+        launch(shape, of_queries, of_keys, tensors or None, q.eps, keys.eps, *eps, *inner)
 
     return made
 
@@ -103,23 +117,12 @@ def tables(a: Any) -> tuple[Tensor, Tensor]:
 
 
 def shape_of(q: Any, keys: Any, compressors: Any) -> Any:
-    from dsv4_compile.kernels.prologue import OfCompressor, OfNorm, Shape
+    from dsv4_compile.kernels.prologue import OfNorm, Shape
 
-    each = (
-        OfCompressor(
-            len(c.weight),
-            c.index.shape[-1],
-            2 * c.cos.shape[-1],
-            c.overlap,
-            DTYPES[c.weight.dtype],
-            DTYPES[c.entries.dtype],
-        )
-        for c in compressors
-    )
     weight = "none" if keys.weight is None else DTYPES[keys.weight.dtype]
     of_queries = OfNorm(q.x.shape[-1], DTYPES[q.x.dtype], "none", 2 * q.cos.shape[-1])
     of_keys = OfNorm(keys.x.shape[-1], DTYPES[keys.x.dtype], weight, 2 * keys.cos.shape[-1], DTYPES[keys.ring.dtype])
-    return Shape(of_queries, of_keys, tuple(each))
+    return Shape(of_queries, of_keys, tuple(shape_of_compressor(c) for c in compressors))
 
 
 def runs(shape: Any) -> bool:
@@ -128,4 +131,5 @@ def runs(shape: Any) -> bool:
     return any(True for _ in configs(shape))
 
 
-PROLOGUES = {count: of(count) for count in range(MOST + 1)}
+PROLOGUES: dict[int | str, Op] = {count: of(str(count), *[compressor_append] * count) for count in range(MOST + 1)}
+PROLOGUES["2_fp8"] = of("2_fp8", compressor_append, compressor_append_fp8)  # of CSA

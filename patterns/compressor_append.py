@@ -4,7 +4,7 @@ import torch
 
 from dsv4_compile.lowerings.append import append
 from dsv4_compile.lowerings.compressor import compressor
-from dsv4_compile.lowerings.compressor_append import compressor_append
+from dsv4_compile.lowerings.compressor_append import compressor_append, compressor_append_fp8, quantized
 from dsv4_compile.match import Match, Scalar, T, rule
 from dsv4_compile.patterns.append import by_position
 from dsv4_compile.patterns.compressor import ROWS, overlapping, separate
@@ -46,3 +46,32 @@ def overlap(values, gates, entries, slot, c, z, ape, place, index, weight, cos, 
 @rule(compressor_append, name="fuse.entries", anchor=compressor, example=memory(19), check=without_overlap)
 def plain(values, gates, entries, slot, c, z, ape, place, index, weight, cos, sin, target, eps: Scalar):
     return step(values, gates, entries, slot, c, z, ape, place, index, weight, cos, sin, target, eps, False)
+
+
+# With entries in e4m3, each with a scale
+
+
+def scaled_memory(C):
+    return memory(C) | {"entries": T(4, 13, 19, dtype=torch.float8_e4m3fn), "scales": T(4, 13, 1)}
+
+
+def scaled_step(values, gates, entries, scales, slot, c, z, ape, place, index, weight, cos, sin, target, eps, overlap):
+    values, gates = append(values, slot, c), append(gates, slot, z + ape[place])
+    codes, scale = quantized(compressor(values, gates, index, weight, cos, sin, eps, overlap))
+    return values, gates, append(entries, target, codes), append(scales, target, scale)
+
+
+@rule(compressor_append_fp8, name="fuse.entries", anchor=compressor, example=scaled_memory(38), check=with_overlap)
+def scaled_overlap(
+    values, gates, entries, scales, slot, c, z, ape, place, index, weight, cos, sin, target, eps: Scalar
+):
+    return scaled_step(
+        values, gates, entries, scales, slot, c, z, ape, place, index, weight, cos, sin, target, eps, True
+    )
+
+
+@rule(compressor_append_fp8, name="fuse.entries", anchor=compressor, example=scaled_memory(19), check=without_overlap)
+def scaled_plain(values, gates, entries, scales, slot, c, z, ape, place, index, weight, cos, sin, target, eps: Scalar):
+    return scaled_step(
+        values, gates, entries, scales, slot, c, z, ape, place, index, weight, cos, sin, target, eps, False
+    )

@@ -54,6 +54,35 @@ def weighted(q, keys, w, visible, k: Int):
     return torch.where(pick < visible, pick, -1)
 
 
+# Keys in e4m3, each with a scale
+
+
+def stored(case):
+    return case | dict(keys=T(3, 11, 7, dtype=torch.float8_e4m3fn), scale=T(3, 11, 1))
+
+
+@rule(
+    indexer,
+    name="fuse.indexer",
+    anchor="topk",
+    example=[stored(case) | dict(cos=T(3, 5, 1, 2), sin=T(3, 5, 1, 2)) for case in (SEEN, SEEN_ALIKE)],
+    check=without_factor,
+    shared=MASK,
+)
+def turned_and_weighted_of_stored(q, cos, sin, keys, scale, w, visible, k: Int, factor: Scalar):
+    visible = visible.unsqueeze(-1)
+    s = products(rope(q, cos, sin, False), keys.float() * scale)
+    pick = visible_scores(s, w * factor, visible).topk(k, -1).indices
+    return torch.where(pick < visible, pick, -1)
+
+
+@rule(indexer, name="fuse.indexer", anchor="topk", example=[stored(SEEN), stored(SEEN_ALIKE)], shared=MASK)
+def weighted_of_stored(q, keys, scale, w, visible, k: Int):
+    visible = visible.unsqueeze(-1)
+    pick = visible_scores(products(q, keys.float() * scale), w, visible).topk(k, -1).indices
+    return torch.where(pick < visible, pick, -1)
+
+
 def scale_of_weights(match: Match) -> bool:
     """The scale of the scores, into the weights."""
     a = match.arguments

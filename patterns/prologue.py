@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from dsv4_compile.lowerings.append import norm_rope_append
 from dsv4_compile.lowerings.attention import attention
-from dsv4_compile.lowerings.compressor_append import compressor_append
+from dsv4_compile.lowerings.compressor_append import compressor_append, compressor_append_fp8
 from dsv4_compile.lowerings.indexer import indexer
 from dsv4_compile.lowerings.norm import rms_norm, unit_norm
 from dsv4_compile.lowerings.prologue import PROLOGUES
@@ -100,7 +100,10 @@ def keys_of_one_head(x, weight, cos, sin, eps: Scalar):
 # A decode step on a GPU: all that lies between its products and attention. What attention reads says what belongs together.
 
 
-def of_count(count: int) -> Rule:
+MEMORIES = {f"dsv4.{op.name}": op for op in (compressor_append, compressor_append_fp8)}
+
+
+def of(which: int | str, *memories: Any) -> Rule:
     def step(node: Node) -> Found | str | None:
         a = attention.arguments(*node.args)
         if not few_on_gpu(a["q"], 1):
@@ -111,7 +114,7 @@ def of_count(count: int) -> Rule:
         scored = strip(a["index"]) if a["index"] is not None else None
         pools = [a["entries"], indexer.arguments(*scored.args)["keys"] if head(scored) == "dsv4.indexer" else None]
         compressors = [c for c in map(compressor_of, pools) if c is not None]
-        if len(compressors) != count:
+        if [MEMORIES[head(c)] for c, _ in compressors] != list(memories):
             return None
         of_queries = norm_rope.arguments(*queries.args)
         if of_queries.pop("weight") is not None:
@@ -120,13 +123,13 @@ def of_count(count: int) -> Rule:
         arguments |= norm_rope_append.arguments(*keys.args)
         outputs = [queries, keys]
         for i, (c, of_c) in enumerate(compressors):
-            arguments |= {f"{name}{i}": value for name, value in compressor_append.arguments(*c.args).items()}
+            arguments |= {f"{name}{i}": value for name, value in memories[i].arguments(*c.args).items()}
             outputs += of_c
         inner = [queries, keys, *(n for c, of_c in compressors for n in (c, *of_c))]
         return Found(arguments, outputs, inner)
 
-    step.__name__ = f"step_with_{count}_compressors"
-    return finder(PROLOGUES[count], name="fuse.step", anchor=attention)(step)
+    step.__name__ = f"step_with_{which}_compressors"
+    return finder(PROLOGUES[which], name="fuse.step", anchor=attention)(step)
 
 
 def compressor_of(pool: Any) -> tuple[Node, list[Node]] | None:
@@ -138,9 +141,13 @@ def compressor_of(pool: Any) -> tuple[Node, list[Node]] | None:
         return None
     written: Any = last.args[0]
     by_place = {user.args[1]: user for user in written.users}
-    if head(written) != "dsv4.compressor_append" or not len(by_place) == len(written.users) == 3:
+    if head(written) not in MEMORIES:
         return None
-    return written, [by_place[i] for i in range(3)]
+    count = len(MEMORIES[head(written)].outputs)
+    return (written, [by_place[i] for i in range(count)]) if len(by_place) == len(written.users) == count else None
 
 
-STEPS = tuple(of_count(count) for count in sorted(PROLOGUES, reverse=True))
+STEPS = (
+    of("2_fp8", compressor_append, compressor_append_fp8),
+    *(of(count, *[compressor_append] * count) for count in (2, 1, 0)),
+)

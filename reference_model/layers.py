@@ -166,8 +166,8 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def put(x: Tensor, index: Tensor, rows: Tensor) -> None:
-    """Write rows [B, T, C] into x [B, S, C] in place, at index [B, T] int64."""
-    x[torch.arange(x.shape[0], device=x.device).unsqueeze(1), index] = rows.to(x.dtype)
+    """Write rows [B, T, C] into x [B, S, C] in place, at index [B, T] int64. In brackets a single one would lose its axes."""
+    x.index_put_((torch.arange(x.shape[0], device=x.device).unsqueeze(1), index), rows.to(x.dtype))
 
 
 def grouped_mm(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:

@@ -96,6 +96,25 @@ def quantize(weight: Tensor, format: str) -> tuple[Tensor, Tensor | None, Tensor
     return _pack_e2m1(blocks / whole.unsqueeze(-1)), scale, scale_2
 
 
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows x [..., d] -> codes e4m3 [..., d] and a scale for each row, fp32 [..., 1]: what a cache of keys holds, d + 4 bytes.
+
+    The scale is the least power of two with which the row's largest magnitude fits (amax / 448 rounded up, as e8m0 has
+    it, at least 2^-100). By a power of two products are exact: code times scale is a bf16 number, so scores are those of
+    bf16 keys with these values, to the bit, whether keys or scores are multiplied. Rounding up costs nothing but range:
+    e4m3 steps by the same share of a number at any scale. RMS error on Gaussian rows: 2.7 %.
+    """
+    amax = x.abs().amax(-1, keepdim=True).float()
+    bits = (amax / FP8_MAX).clamp(min=2.0**-100).view(torch.int32)
+    scale = ((bits + 0x7FFFFF) & -0x800000).view(torch.float32)  # up to the next exponent, no mantissa
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
+def dequantize_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The opposite of `quantize_rows`, in `dtype`, which bf16 suffices for."""
+    return codes.to(dtype) * scale.to(dtype)
+
+
 def _empty(weight: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor | None]:
     """What `quantize` would return, without computing it: Pro on the meta device takes 3 s instead of 10."""
     *stack, rows, columns = weight.shape

@@ -54,12 +54,14 @@ class CompressorState(Parts):
     """Rows not yet compressed, and the entries so far.
 
     values, gates [B, R + draft, C] (at least fp32), entries [B, ceil(max_len / m) + 1, d], the last row being scratch.
+    scales: of entries in e4m3, fp32 [B, ceil(max_len / m) + 1, 1], else None.
     """
 
-    names = "values", "gates", "entries"
+    names = "values", "gates", "entries", "scales"
     values: Tensor
     gates: Tensor
     entries: Tensor
+    scales: Tensor | None = None
 
 
 @dataclass
@@ -98,8 +100,17 @@ class State:
     draft: int
 
     @staticmethod
-    def empty(config: DSV4Config, batch: int, max_len: int, draft: int, device, dtype: torch.dtype) -> "State":
-        """The state before the first token, for up to `max_len` tokens a row; kv in `dtype`."""
+    def empty(
+        config: DSV4Config,
+        batch: int,
+        max_len: int,
+        draft: int,
+        device,
+        dtype: torch.dtype,
+        index_dtype: torch.dtype | None = None,
+    ) -> "State":
+        """The state before the first token, for up to `max_len` tokens a row; kv in `dtype`, the indexer's keys in
+        `index_dtype` if given: e4m3, with a scale for each (`quantize_rows`)."""
         if batch < 1 or max_len < 1 or draft < 0:
             raise ValueError(f"a state needs batch >= 1, max_len >= 1, draft >= 0; got {batch=}, {max_len=}, {draft=}")
         if max_len > config.max_position_embeddings:
@@ -107,15 +118,19 @@ class State:
                 f"max_len {max_len} exceeds the model's context of {config.max_position_embeddings} tokens "
                 "(max_position_embeddings): ask for less"
             )
+        if index_dtype not in (None, dtype, torch.float8_e4m3fn):
+            raise ValueError(f"index_dtype {index_dtype}: expected torch.float8_e4m3fn, or that of the model ({dtype})")
         d, exact = config.head_dim, torch.promote_types(dtype, torch.float32)
 
         def zeros(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
             return still(torch.zeros(batch, rows, columns, device=device, dtype=dtype))
 
-        def compressor(kind: str, width: int) -> CompressorState:
+        def compressor(kind: str, width: int, of_entries: torch.dtype = dtype) -> CompressorState:
             rows, columns = ring(config, kind, width, draft)
-            entries = zeros(-(-max_len // config.rate(kind)) + 1, width, dtype)
-            return CompressorState(zeros(rows, columns, exact), zeros(rows, columns, exact), entries)
+            count = -(-max_len // config.rate(kind)) + 1
+            scales = zeros(count, 1, torch.float32) if of_entries == torch.float8_e4m3fn else None
+            entries = zeros(count, width, of_entries)
+            return CompressorState(zeros(rows, columns, exact), zeros(rows, columns, exact), entries, scales)
 
         layers = []
         for kind in (*config.layer_types, *[SWA] * config.num_nextn_predict_layers):
@@ -123,7 +138,7 @@ class State:
             if kind != SWA:
                 layer.compressor = compressor(kind, d)
             if kind == CSA:
-                layer.indexer = compressor(kind, config.index_head_dim)
+                layer.indexer = compressor(kind, config.index_head_dim, index_dtype or dtype)
             layers.append(layer)
         return State(still(torch.zeros(batch, device=device, dtype=torch.int64)), layers, max_len, draft)
 

@@ -444,9 +444,40 @@ def rows_before_the_write(right, a):
     return values, gates, BY_NAME["append"].meaning(a["entries"], a["target"], e)
 
 
+# The same with entries in e4m3
+
+
+changed("compressor_append_fp8", "slot off by one", slot=lambda a: (a["slot"] + 1) % a["values"].shape[1])
+changed("compressor_append_fp8", "entry in the wrong row", target=lambda a: (a["target"] + 1) % a["entries"].shape[1])
+
+
+@fault("compressor_append_fp8")
+def scale_of_the_power_below(right, a):
+    values, gates, entries, scales = right(**a)
+    return (
+        values,
+        gates,
+        entries,
+        scales.scatter(1, a["target"].unsqueeze(-1), scales.take_along_dim(a["target"].unsqueeze(-1), 1) / 2),
+    )
+
+
+@fault("compressor_append_fp8")
+def codes_without_their_scale(right, a):
+    """Rows as they are, rounded."""
+    rest = {k: x for k, x in a.items() if k != "scales"}
+    *rows, entries = BY_NAME["compressor_append"].meaning(**rest)
+    return *rows, entries, right(**a)[-1]
+
+
 # Indexer
 
 
+changed(
+    "indexer",
+    "scales of other entries",
+    scale=lambda a: a["scale"].roll(1, 1) * 2.0 ** (torch.arange(a["scale"].shape[1]) % 2).view(1, -1, 1),
+)
 changed("indexer", "the newest visible entry is hidden", visible=lambda a: (a["visible"] - 1).clamp(min=0))
 changed("indexer", "an entry that is not complete", visible=lambda a: (a["visible"] + 1).clamp(max=a["keys"].shape[1]))
 changed("indexer", "heads weigh alike", w=lambda a: torch.ones_like(a["w"]))

@@ -16,7 +16,7 @@ from torch import Tensor
 from dsv4_compile.lowerings.append import norm_rope_append
 from dsv4_compile.lowerings.attention import attention
 from dsv4_compile.lowerings.compressor import compressor
-from dsv4_compile.lowerings.compressor_append import compressor_append
+from dsv4_compile.lowerings.compressor_append import compressor_append, compressor_append_fp8
 from dsv4_compile.lowerings.experts import experts
 from dsv4_compile.lowerings.head import head
 from dsv4_compile.lowerings.indexer import indexer
@@ -32,7 +32,7 @@ from dsv4_compile.lowerings.router import expert_gates, router
 from dsv4_compile.lowerings.shared_expert import shared_expert
 from dsv4_compile.op import Op
 
-bf16, fp32 = torch.bfloat16, torch.float32
+bf16, fp32, e4m3 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 EPS = 1e-6
 Arguments = dict[str, Any]
 LENGTHS = (
@@ -199,6 +199,7 @@ def of_compressor_append(
     cos, sin = d.tables(B, 1, dr // 2)
     found = dict(values=d.normal(B, S, C), gates=2 * d.normal(B, S, C), entries=d.normal(B, P, D, dtype=entries))
     found |= dict(slot=slot + S * d.how.choice((0, 3)), c=d.normal(B, 1, C), z=d.normal(B, 1, C), ape=d.normal(m, C))
+    found |= {} if entries != e4m3 else dict(scales=2.0 ** d.integers(-9, 1, B, P, 1).float())
     found |= dict(place=d.integers(0, 9 * m, B, 1), index=index, weight=d.weight(D), cos=cos, sin=sin)
     return found | dict(target=d.slots(B, P, 1), eps=EPS, overlap=overlap)
 
@@ -256,14 +257,17 @@ def attention_without_strangers(op: Op, arguments: Arguments) -> Tensor:
     return op.meaning(**arguments | plain)
 
 
-def of_indexer(d: Draw, h: int, D: int, weights: torch.dtype, dr: int) -> Arguments:
-    """Small whole numbers: scores are exact in any order of their sums, and many are equal. Turns are quarters."""
+def of_indexer(d: Draw, h: int, D: int, weights: torch.dtype, dr: int, keys: torch.dtype = bf16) -> Arguments:
+    """Small whole numbers: scores are exact in any order of their sums, and many are equal. Turns are quarters. In e4m3
+    keys are whole numbers over 4, times scales that are powers of two."""
     B, T = d.size.choice(((1, 1), (1, 1), (3, 1), (2, 2), (8, 1)))
     E = d.size.choice((1, 15, 16, 17, 513, 1000, 2048, 2049) if B * T > 2 else (1, 16, 1023, 5000, 33_000))
     k, turns = min(E, d.size.choice((1, 3, 100, 512))), d.integers(0, 4, d.size.choice((1, B)), T, 1, dr // 2)
     visible = d.integers(0, E + 1, d.size.choice((1, B)), T)
     visible[..., -1] = d.how.choice((0, 1, min(k, E), E, E))
     found: Arguments = dict(q=d.integers(-2, 3, B, T, h, D).to(bf16), keys=d.integers(-1, 2, B, E, D).to(bf16), k=k)
+    if keys == e4m3:
+        found |= dict(keys=(d.integers(-7, 8, B, E, D) / 4).to(e4m3), scale=2.0 ** d.integers(-2, 3, B, E, 1).float())
     found |= dict(w=(d.integers(-2, 3, B, T, h) / 4).to(weights), visible=visible)
     if dr:
         found |= dict(cos=(turns % 2 == 0) * (1.0 - turns), sin=(turns % 2 == 1) * (2.0 - turns))
@@ -274,7 +278,8 @@ def lower_of_equal(op: Op, arguments: Arguments) -> Tensor:
     """The best entries in ascending order, -1 at the end; of equal scores the lower entries."""
     a = arguments
     q = a["q"] if a["cos"] is None else rope.meaning(a["q"], a["cos"], a["sin"], False)
-    score = torch.einsum("bth,bthe->bte", a["w"], torch.relu(torch.einsum("bthd,bed->bthe", q, a["keys"])))
+    keys = a["keys"] if a["scale"] is None else a["keys"].double() * a["scale"]
+    score = torch.einsum("bth,bthe->bte", a["w"], torch.relu(torch.einsum("bthd,bed->bthe", q, keys)))
     entry = torch.arange(score.shape[-1], device=score.device)
     score = score.masked_fill(entry >= a["visible"].unsqueeze(-1), float("-inf"))
     best = score.sort(dim=-1, descending=True, stable=True).indices[..., : a["k"]]
@@ -433,7 +438,11 @@ ATTENTION = (
     (64, 512, fp32, True, False, 64),
     (3, 1000, fp32, False, False, 10),
 )
-INDEXER = ((64, 128, bf16, 64), (64, 128, fp32, 0), (5, 64, fp32, 0), (33, 96, bf16, 8), (1, 32, fp32, 16))
+SCALED = ((128, 4, 64, True, e4m3), (20, 3, 6, True, e4m3), (64, 128, 16, False, e4m3), (128, 1, 128, False, e4m3))
+INDEXER = (
+    *((64, 128, bf16, 64), (64, 128, fp32, 0), (5, 64, fp32, 0), (33, 96, bf16, 8), (1, 32, fp32, 16)),
+    *((64, 128, bf16, 64, e4m3), (17, 64, fp32, 8, e4m3), (64, 128, fp32, 0, e4m3)),
+)
 LINEAR = (
     (1, 17, 64, "bf16", bf16),
     (2, 33, 192, "fp8", bf16),
@@ -501,6 +510,7 @@ FAMILIES = {
         Family(norm_rope_append, KEYS, of_norm_rope_append),
         Family(compressor, WINDOWS, of_compressor),
         Family(compressor_append, MEMORY, of_compressor_append),
+        Family(compressor_append_fp8, SCALED, of_compressor_append),
         Family(attention, ATTENTION, of_attention, attention_without_strangers, ("window", "index")),
         Family(indexer, INDEXER, of_indexer, lower_of_equal),
         Family(linear, LINEAR, of_linear),
@@ -536,6 +546,11 @@ FAMILIES = {
             of_prologue,
         ),
         Family(PROLOGUES[2], ((*PROLOGUE[0], MEMORY[0], MEMORY[1]), (*PROLOGUE[1], MEMORY[3], MEMORY[3])), of_prologue),
+        Family(
+            PROLOGUES["2_fp8"],
+            ((*PROLOGUE[0], MEMORY[0], SCALED[0]), (*PROLOGUE[1], MEMORY[3], SCALED[1])),
+            of_prologue,
+        ),
         streams(mhc_pre, *STREAMS),
         streams(mhc_post, *STREAMS),
         streams(mhc_head, *STREAMS),

@@ -1,11 +1,13 @@
 """A compressor's memory, one call on: the op against its parts, found in decode steps, and the kernel."""
 
+import math
+
 import pytest
 import torch
 
 from dsv4_compile.lowerings.append import append
 from dsv4_compile.lowerings.compressor import compressor
-from dsv4_compile.lowerings.compressor_append import compressor_append
+from dsv4_compile.lowerings.compressor_append import compressor_append, compressor_append_fp8, quantized
 from dsv4_compile.patterns import append as of_append
 from dsv4_compile.patterns import compressor as of_compressor
 from dsv4_compile.patterns import compressor_append as of_memory
@@ -59,6 +61,39 @@ def test_the_op_is_its_parts(overlap, narrow):
     torch.testing.assert_close(tuple(given), want)
 
 
+def scaled(args, seed=0):
+    """Arguments of `compressor_append_fp8` from those of `compressor_append`."""
+    codes, scales = quantized(args[2].float())
+    return [*args[:2], codes, scales, *args[3:]]
+
+
+def scaled_parts(values, gates, entries, scales, *rest):
+    """The chain, quantised row by row."""
+    values, gates, e = parts(values, gates, torch.zeros(entries.shape), *rest)
+    for b, targets in enumerate(rest[-3].tolist()):
+        for target in targets:
+            largest = e[b, target].abs().max().item()
+            exponent = -100 if largest == 0 else max(-100, math.ceil(math.log2(largest / 448)))
+            scales, entries = scales.clone(), entries.clone()
+            scales[b, target] = 2.0**exponent
+            entries[b, target] = (e[b, target] / 2.0**exponent).to(entries.dtype)
+    return values, gates, entries, scales
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_entries_in_e4m3_have_the_least_scale_that_fits(overlap):
+    args = scaled(case(overlap=overlap))
+    want = scaled_parts(*args)
+    for run in (compressor_append_fp8, compressor_append_fp8.meaning):
+        got = run(*args)
+        assert all(torch.equal(a, b) for a, b in zip(got[:2], want[:2], strict=True)) and torch.equal(got[3], want[3])
+        assert torch.equal(got[2].view(torch.uint8), want[2].view(torch.uint8))
+    assert not torch.equal(want[3], args[3])
+    tried = "test_autograd_registration", "test_faketensor"  # the others multiply numbers in e4m3
+    torch.library.opcheck(compressor_append_fp8.target, args, test_utils=tried)
+    torch.library.opcheck(compressor_append_fp8.writing_target, args, test_utils=tried)
+
+
 def test_costs_count_rings_and_windows():
     cost = compressor_append.symbolic_cost().at(B=2, T=1, C=1024, n=1, R=8, d=512, bits=16)
     assert cost.write == 2 * (8 * 1024 + 2 * 512) and cost.read == 2 * (12 * 1024 + 8 * 8 * 512 + 8 * 8)
@@ -66,7 +101,7 @@ def test_costs_count_rings_and_windows():
 
 RULES = [
     *(pointwise.last_axis, pointwise.second_last_axis, rope.of_pairs, of_compressor.overlap, of_compressor.plain),
-    *(of_append.written, of_memory.overlap, of_memory.plain),
+    *(of_append.written, of_memory.overlap, of_memory.plain, of_memory.scaled_overlap, of_memory.scaled_plain),
 ]
 
 
@@ -113,30 +148,38 @@ def compressors(dtype):
 
 
 @pytest.mark.parametrize(
-    ("T", "padded", "count", "dtype"),
+    ("T", "padded", "count", "dtype", "index_dtype"),
     [
-        (1, False, 3, torch.float32),
-        (1, False, 3, torch.bfloat16),
-        (3, False, 3, torch.float32),
-        (9, False, 0, torch.float32),  # reads more rows than the ring has
-        (3, True, 0, torch.float32),  # writes back some rows as they were
+        (1, False, 3, torch.float32, None),
+        (1, False, 3, torch.bfloat16, None),
+        (1, False, 3, torch.float32, torch.float8_e4m3fn),
+        (3, False, 3, torch.bfloat16, torch.float8_e4m3fn),
+        (3, False, 3, torch.float32, None),
+        (9, False, 0, torch.float32, None),  # reads more rows than the ring has
+        (3, True, 0, torch.float32, None),  # writes back some rows as they were
     ],
 )
-def test_calls_that_write_before_they_read_have_one_for_each_compressor(T, padded, count, dtype, rewritten_by):
+def test_calls_that_write_before_they_read_have_one_for_each_compressor(
+    T, padded, count, dtype, index_dtype, rewritten_by
+):
     model, run = compressors(dtype)
     lengths = torch.tensor([T, T - 1]) if padded else None
-    x = torch.randn(6, 2, T, model.config.hidden_size).to(dtype)
-    state, other = model.new_state(2, 64, draft=3), model.new_state(2, 64, draft=3)
+    B = 1 if (T, index_dtype) == (1, torch.float8_e4m3fn) else 2  # one scale then, alone
+    x = torch.randn(6, B, T, model.config.hidden_size).to(dtype)
+    state, other = (model.new_state(B, 64, draft=3, index_dtype=index_dtype) for _ in "ab")
     for s in (state, other):
         run(x[0], s)
     got, report = rewritten_by(RULES, run, x[1], state, lengths)
     assert report.counts["entries"] == report.sites.get("entries", 0) == count
     assert report.counts["compressor"] == report.sites["compressor"] == 3
+    if index_dtype is not None:
+        assert ("compressor_append_fp8", "cpu") not in report.runs and got[2].dtype == torch.float32
     tolerance = dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(got, run(x[1], other, lengths), **tolerance)
     for mine, want in zip(state.layers, other.layers, strict=True):
         for a, b in zip(mine.parts(), want.parts(), strict=True):
-            torch.testing.assert_close(a, b, **tolerance)
+            if torch.is_tensor(a):
+                torch.testing.assert_close(a.float(), b.float(), **tolerance)
 
 
 # On a GPU
@@ -162,6 +205,33 @@ def one_token(shape, narrow, seed=0):
 def test_the_kernel_is_the_meaning(shape, narrow, kernel_parity):
     tolerance = dict(rtol=1e-2, atol=1e-2) if narrow else dict(rtol=2e-4, atol=2e-4)
     kernel_parity(compressor_append, *one_token(shape, narrow), others=one_token(shape, narrow, seed=1), **tolerance)
+
+
+SCALED_SHAPES = [
+    dict(B=1, S=8, P=9, d=128, dr=64),
+    dict(B=1, S=8, P=9, d=128, dr=64, open_windows=1),
+    dict(B=5, S=9, P=40, d=20, dr=6, m=3),
+    dict(B=64, S=12, P=3, d=64, dr=16, overlap=False),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shape", SCALED_SHAPES, ids=str)
+def test_the_kernel_quantises_what_the_compressor_gives(shape):
+    """To the bit, where the compressor's own kernel has made the entries; and writes nothing else."""
+    args = scaled([a.cuda() if torch.is_tensor(a) else a for a in one_token(shape, False)])
+    values, gates, e = parts(args[0], args[1], torch.zeros(args[2].shape, device="cuda"), *args[4:])
+    target, before = args[-3].unsqueeze(-1), [t.clone() for t in args[:4]]
+    codes, scale = quantized(e.take_along_dim(target, 1))
+    got = compressor_append_fp8(*args)
+    assert torch.equal(got[0], values) and torch.equal(got[1], gates)
+    assert torch.equal(got[3], before[3].scatter(1, target, scale))
+    as_bytes = before[2].view(torch.uint8).scatter(1, target.expand_as(codes), codes.view(torch.uint8))
+    assert torch.equal(got[2].view(torch.uint8), as_bytes)
+    compressor_append_fp8.writing_target(*args)
+    for mine, theirs in zip(args[:4], got, strict=True):
+        assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
 
 
 @pytest.mark.gpu

@@ -38,6 +38,7 @@ KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed
 CONFIG = Config(regions=False, inner="eager", lowerings=("cpu",))
 THRESHOLD = 1e-4  # of logits up to about 4; all rewrites together are off by less than 1e-5
 ALL = os.environ.get("DSV4_TEST_FAULTS") == "all"
+E4M3 = torch.float8_e4m3fn  # of the indexer's keys
 MTP = [f for f in faults.FAULTS if f.op == "mtp_join"]
 HERE = [f for f in faults.FAULTS if f not in MTP]  # in the larger model
 
@@ -89,7 +90,7 @@ def larger() -> Captured:
         swiglu_limit=1.0,
     )
     model = drawn(config)
-    return Captured(model, (torch.randint(0, config.vocab_size, (2, 19)), model.new_state(2, 32, draft=18)), {})
+    return Captured(model, (torch.randint(0, config.vocab_size, (2, 19)), model.new_state(2, 32, 18, E4M3)), {})
 
 
 def drawn(config: DSV4Config) -> DSV4:

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from dsv4_compile.lowerings.compressor_append import quantized
 from dsv4_compile.lowerings.indexer import indexer, not_turned
 from dsv4_compile.reference_model.layers import rope as turned
+from dsv4_compile.reference_model.quant import dequantize_rows
 
 
 def case(B, T, h, d, E, dtype=torch.float64, seed=0, shared=False):
@@ -86,15 +88,36 @@ def test_strides_do_not_matter_and_the_op_is_sound():
     q, keys, w, visible = case(2, 5, 3, 4, 11, torch.float32)
     spread = [torch.stack([x, x], -1)[..., 0] for x in (q, keys, w)]
     assert torch.equal(indexer(*spread, visible, 4), indexer(q, keys, w, visible, 4))
-    torch.library.opcheck(indexer.target, (q, keys, w, visible, 4, None, None))
+    torch.library.opcheck(indexer.target, (q, keys, w, visible, 4, None, None, None))
 
 
 def test_costs_are_those_of_the_products():
-    cost = indexer.symbolic_cost().at(B=1, T=7, h=64, d=128, E=1000, k=512)
+    cost = indexer.symbolic_cost().at(B=1, T=7, h=64, d=128, E=1000, k=512, bits=16)
     products = 2 * 7 * 64 * 128 * 1000
     assert products < cost.flops < 1.02 * products and cost.write == 8 * 7 * 512
     args = case(2, 5, 3, 4, 11)
-    assert indexer.bound_sizes(indexer.arguments(*args, 4)) == dict(B=2, T=5, h=3, d=4, E=11, k=4)
+    assert indexer.bound_sizes(indexer.arguments(*args, 4)) == dict(B=2, T=5, h=3, d=4, E=11, k=4, bits=16)
+
+
+def stored(keys):
+    """Codes and scales."""
+    codes, scale = quantized(keys.float())
+    return codes, scale
+
+
+@RUNS
+def test_keys_in_e4m3_are_scored_with_their_scales(run):
+    q, keys, w, visible = case(2, 20, 8, 16, 40, torch.bfloat16)
+    codes, scale = stored(keys * 2.0 ** torch.arange(-3, 37).view(1, 40, 1).remainder(7))
+    assert scale.unique().numel() > 4
+    wide = codes.double() * scale.double()
+    check(run(q, codes, w, visible, 5, None, None, scale), scores(q, wide, w, visible), visible, 5, slack=1e-3)
+    tried = "test_autograd_registration", "test_faketensor"  # the others multiply numbers in e4m3
+    torch.library.opcheck(indexer.target, (q, codes, w, visible, 4, None, None, scale), test_utils=tried)
+    sizes = indexer.bound_sizes(indexer.arguments(q, codes, w, visible, 5, None, None, scale))
+    assert sizes["bits"] == 8 + 32 / 16
+    cost = indexer.symbolic_cost().at(**(sizes | {"d": 128, "bits": 8.25}))
+    assert int(cost.read) == 2 * (20 * 8 * 128 * 2 + 40 * 132 + 20 * (4 * 8 + 8))
 
 
 # -- raising: with so many heads that their ReLUs are never all zero, which would be a tie
@@ -165,6 +188,32 @@ def test_turned_queries_and_scaled_weights_are_the_ops_own(factor, dtype, rewrit
     want = Turned(factor)(*args)
     if dtype == torch.float32:
         assert torch.equal(result.sort(-1).values, want.sort(-1).values)
+
+
+class OfStored(nn.Module):
+    """With keys in e4m3, turned queries and scaled weights, or neither."""
+
+    def forward(self, q, codes, scale, w, visible, cos=None, sin=None):
+        keys = dequantize_rows(codes, scale, torch.float32)
+        return pick_of(q if cos is None else turned(q, cos, sin), keys, w if cos is None else w * 0.3, visible)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("turn", [False, True], ids=["plain", "turned"])
+def test_stored_keys_reach_the_op_with_their_scales(turn, dtype, rewritten, monkeypatch):
+    q, keys, w, visible = case(2, 5, 16, 12, 11, dtype)
+    angle, seen = torch.randn(2, 5, 1, 3), []
+    args = q, *stored(keys), w, visible, *((angle.cos(), angle.sin()) if turn else ())
+
+    def claims(a):
+        seen.append((a.keys.dtype, None if a.scale is None else a.scale.dtype))
+        return not_turned(a)
+
+    monkeypatch.setattr(indexer, "implementations", [replace(i, when=claims) for i in indexer.implementations])
+    result, report = rewritten(OfStored(), *args)
+    assert report.runs[("indexer", "cpu")] == 1 and set(seen) == {(torch.float8_e4m3fn, torch.float32)}
+    if dtype == torch.float32:
+        assert torch.equal(result.sort(-1).values, OfStored()(*args).sort(-1).values)
 
 
 def test_positions_that_all_rows_share_and_a_symbolic_length(rewritten):

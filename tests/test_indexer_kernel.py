@@ -16,6 +16,7 @@ from dsv4_compile.lowerings.indexer import indexer
 from dsv4_compile.lowerings.rope import rope
 
 FLASH, TURNED = kernel.Shape(64, 128), kernel.Shape(64, 128, "bf16", 64)
+STORED = kernel.Shape(64, 128, "bf16", 64, "fp8")
 SIZES = [1, 17, 2048, 8191, 32768, 100_000, 262_144, lowering.LARGEST]
 
 
@@ -40,6 +41,10 @@ def test_the_kernel_and_its_checker_agree():
     "change, reason",
     [
         ({}, True),
+        (dict(keys=torch.float8_e4m3fn), True),
+        (dict(keys=torch.float8_e4m3fn, scaled=False), "with scales"),
+        (dict(scaled=True), "with scales"),
+        (dict(keys=torch.float8_e4m3fn, d=96), "96 channels in float8"),
         (dict(dtype=torch.float32), "bfloat16"),
         (dict(h=65), "at most 64"),
         (dict(d=48), "48 channels"),
@@ -53,17 +58,26 @@ def test_the_checker_says_why_not(change, reason):
     assert verdict is True if reason is True else reason in verdict
 
 
-def meta(dtype=torch.bfloat16, h=64, d=128, E=4096, dr=64):
-    q, keys = torch.empty(1, 1, h, d, dtype=dtype, device="meta"), torch.empty(1, E, d, dtype=dtype, device="meta")
+def meta(dtype=torch.bfloat16, h=64, d=128, E=4096, dr=64, keys=None, scaled=None):
+    scaled = keys is not None if scaled is None else scaled
+    q, keys = (
+        torch.empty(1, 1, h, d, dtype=dtype, device="meta"),
+        torch.empty(1, E, d, dtype=keys or dtype, device="meta"),
+    )
     w, visible = torch.empty(1, 1, h, device="meta"), torch.empty(1, 1, dtype=torch.int64, device="meta")
     cos = sin = torch.empty(1, 1, 1, dr // 2, device="meta")
-    return SimpleNamespace(q=q, keys=keys, w=w, visible=visible, k=512, cos=cos, sin=sin)
+    scale = torch.empty(1, E, 1, device="meta") if scaled else None
+    return SimpleNamespace(q=q, keys=keys, w=w, visible=visible, k=512, cos=cos, sin=sin, scale=scale)
 
 
 def builds():
-    everything = os.environ.get("DSV4_TEST_CONFIGS") == "all"
-    chosen = kernel.configs(TURNED) if everything else [kernel.Config(8, 2048, 8, False)]  # the one with least to spare
-    return [(TURNED, c) for c in chosen]
+    if os.environ.get("DSV4_TEST_CONFIGS") == "all":
+        return [(shape, c) for shape in (TURNED, STORED) for c in kernel.configs(shape)]
+    return [(TURNED, kernel.Config(8, 2048, 8, False)), (STORED, deep(STORED))]  # those with least to spare
+
+
+def deep(shape):
+    return next(c for c in kernel.configs(shape) if c.stages and c.blocks == 8)
 
 
 @pytest.mark.parametrize(("shape", "config"), builds(), ids=str)
@@ -71,6 +85,29 @@ def test_it_compiles_without_a_gpu_and_does_not_spill(shape, config):
     """All configurations on demand: DSV4_TEST_CONFIGS=all."""
     _, facts = kernel.KERNEL.build(shape, config, "sm_90a")
     assert facts["kernels"] and all(k["stack"] == 0 for k in facts["kernels"].values()), facts
+
+
+def e4m3_of(pair):
+    """What a pair of bf16 made of moved bits stands for."""
+    halves = torch.tensor([pair & 0xFFFF, pair >> 16 & 0xFFFF], dtype=torch.int32).to(torch.int16)
+    return (halves.view(torch.bfloat16).double() / kernel.E4M3.unit).tolist()
+
+
+def test_channels_of_stored_keys_meet_those_of_the_queries():
+    """Each lane's runs, together, are all channels once; keys decoded by moving bits are in the queries' order."""
+    program = kernel.Program(STORED, deep(STORED))
+    places = sorted(program.run(r, lane) for lane in range(4) for r in range(program.lines))
+    assert places == list(range(16)) and kernel.Shape(64, 128).row == 256 and STORED.row == 128
+    numbers = torch.randperm(254)[:128] % 127 + 128 * (torch.arange(128) % 2)  # no NaN
+    row = numbers.to(torch.uint8).view(torch.float8_e4m3fn)
+    words = row.view(torch.int32).tolist()
+    for lane in range(4):
+        for s in range(program.pieces):
+            for j in range(4):  # as `decoded` has it
+                run = 8 * program.run(2 * s + j // 2, lane)
+                pairs = [kernel.E4M3.order[i : i + 2] for i in range(0, 8, 2)][2 * (j % 2) : 2 * (j % 2) + 2]
+                for pair, word in zip(pairs, kernel.stored.e4m3(words[16 * s + 4 * lane + j]), strict=True):
+                    assert e4m3_of(word) == [row[run + p].item() for p in pair]
 
 
 # On a GPU
@@ -88,6 +125,16 @@ def case(B=1, T=1, h=64, d=128, E=1000, seed=0, shared=False):
     visible = whole(0, E + 1, 1 if shared else B, T)
     visible[..., -1] = E
     return q, pool[:, :-1], w, visible
+
+
+def stored(B=1, T=1, h=64, d=128, E=1000, seed=0, shared=False):
+    """The same with keys in e4m3, scales that are powers of two, and all as `best` takes it."""
+    q, keys, w, visible = case(B, T, h, d, E, seed, shared)
+    g = torch.Generator("cuda").manual_seed(seed)
+    scale = (2.0 ** torch.randint(-2, 3, (B, E + 1, 1), generator=g, device="cuda").float())[:, :-1]
+    codes = torch.zeros(B, E + 1, d, device="cuda", dtype=torch.float8_e4m3fn)[:, :-1]
+    codes.copy_(keys.float())
+    return (q, codes, w, visible), scale, (q, codes.float() * scale, w, visible)
 
 
 def best(q, keys, w, visible, k):
@@ -150,9 +197,76 @@ def test_every_configuration(config):
             continue
         q, keys, w, visible = case(3, 1, E=E)
         tables, out = quarters(3, 1, 64), torch.full((3, 512), -7, device="cuda")
-        flat = q.view(3, 64, 128), keys, w.view(3, 64).bfloat16(), visible.view(-1), *(t.view(3, 32) for t in tables)
+        flat = (
+            q.view(3, 64, 128),
+            keys,
+            None,
+            w.view(3, 64).bfloat16(),
+            visible.view(-1),
+            *(t.view(3, 32) for t in tables),
+        )
         kernel.run(TURNED, config, *flat, out, 1)
         assert torch.equal(out.view(3, 1, 512), best(rope(q, *tables, False), keys, w, visible, 512)), E
+
+
+@on_a_gpu
+@pytest.mark.parametrize("k", [1, 100, 512])
+@pytest.mark.parametrize("E", [1, 15, 16, 17, 513, 1000, 2048, 5000, 33_000, 262_144])
+def test_the_best_of_stored_keys(E, k, poisoned):
+    for seed, (B, T, shared) in enumerate([(1, 1, False), (3, 1, False), (2, 2, True), (8, 1, False)]):
+        args, scale, plain = stored(B, T, E=E, seed=seed, shared=shared)
+        for _ in range(3):
+            got = indexer(*args, min(k, E), None, None, scale)
+            assert torch.equal(got, best(*plain, min(k, E)))
+
+
+@on_a_gpu
+@pytest.mark.parametrize(("h", "d", "dr"), [(1, 64, 0), (16, 64, 64), (33, 128, 8), (64, 128, 64)])
+def test_stored_keys_of_other_sizes_and_turned_queries(h, d, dr, poisoned):
+    for E in (600, 20_000):
+        (q, codes, w, visible), scale, plain = stored(2, 3, h, d, E)
+        tables = quarters(2, 3, dr) if dr else (None, None)
+        turned = rope(q, *tables, False) if dr else q
+        got = indexer(q, codes, w.bfloat16(), visible, 100, *tables, scale)
+        assert torch.equal(got, best(turned, *plain[1:], 100))
+
+
+@on_a_gpu
+@pytest.mark.parametrize("config", list(kernel.configs(STORED)), ids=str)
+def test_every_configuration_of_stored_keys(config):
+    for E in (700, 2000, 9000, 40_000):
+        if not config.covers(E):
+            continue
+        (q, codes, w, visible), scale, plain = stored(3, 1, E=E)
+        tables, out = quarters(3, 1, 64), torch.full((3, 512), -7, device="cuda")
+        flat = (
+            q.view(3, 64, 128),
+            codes.view(torch.uint8),
+            scale.squeeze(-1),
+            w.view(3, 64).bfloat16(),
+            visible.view(-1),
+        )
+        kernel.run(STORED, config, *flat, *(t.view(3, 32) for t in tables), out, 1)
+        assert torch.equal(out.view(3, 1, 512), best(rope(q, *tables, False), *plain[1:], 512)), E
+
+
+@on_a_gpu
+@pytest.mark.parametrize("E", [3000, 50_000])
+def test_scores_of_stored_keys_are_those_of_their_values_in_bf16(E):
+    """Random numbers, every code among them, and scales far apart: the same choice as by the kernel for bf16, whose products
+    are the same, added in another order."""
+    q, w = torch.randn(2, 1, 64, 128).bfloat16().cuda(), (torch.randn(2, 1, 64) * 64**-0.5).cuda()
+    codes = torch.randint(0, 256, (2, E, 128), device="cuda", dtype=torch.uint8)
+    codes = torch.where(codes % 128 == 127, 0, codes).view(torch.float8_e4m3fn)
+    scale = 2.0 ** torch.randint(-9, -6, (2, E, 1), device="cuda").float()
+    keys, visible = (codes.float() * scale).bfloat16(), torch.tensor([[E], [E - 5]], device="cuda")
+    pick = indexer(q, codes, w, visible, 512, None, None, scale)
+    for b in range(2):
+        n = int(visible[b, 0])
+        score = w[b, 0].double() @ torch.relu(q[b, 0].double() @ keys[b, :n].double().T)
+        chosen = torch.zeros(n, dtype=torch.bool, device="cuda")
+        chosen[pick[b, 0]] = True
+        assert int(chosen.sum()) == 512 and score[chosen].min() >= score[~chosen].max() - 1e-4
 
 
 @on_a_gpu

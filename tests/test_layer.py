@@ -231,12 +231,20 @@ def test_it_runs_on_a_cpu(module, monkeypatch, tmp_path, capsys):
     file = tmp_path / "layers.json"
     assert layer.main(["--model", "nano", "--formats", "bf16", "--arms", "eager", "--context", "32,64", "--batch", "2",
                        "--json", str(file)]) == 0  # fmt: skip
+    assert layer.main(["--model", "nano", "--formats", "bf16", "--arms", "eager", "--context", "64", "--index-keys", "fp8",
+                       "--json", str(tmp_path / "fp8.json")]) == 0  # fmt: skip
+    (stored,) = json.loads((tmp_path / "fp8.json").read_text())["results"]
+    assert stored["index_keys"] == "fp8" and "index keys fp8, eager" in capsys.readouterr().out
     one, two = json.loads(file.read_text())["results"]
     assert (one["context"], two["context"]) == (32, 64) and one["step_us"] > 0 and one["parts"] == []
     floors = [[x["floor_us"] for x in r["layers"]] for r in (one, two)]
     assert all(a <= b for a, b in zip(*floors, strict=True)) and floors[0][1] < floors[1][1]
     assert [x["layer"] for x in one["layers"]] == ["SWA, hash", "CSA", "HCA", "CSA again"]
-    assert "context 64, 2 requests, eager" in capsys.readouterr().out
+    net = model.model_of(model.config_of("nano", "bf16"), torch.device("cpu"))
+    many, less = ([x["floor_us"] for x in layer.floors_of(net, 8, 2000, keys, 1e6)] for keys in ("bf16", "fp8"))
+    bytes_of = [x - y for x, y in zip(many, less, strict=True)]
+    read = 8 * 500 * (2 * small.index_head_dim - small.index_head_dim - 4)
+    assert bytes_of[0] == bytes_of[2] == 0 and bytes_of[1] == bytes_of[3] == pytest.approx(read)
 
 
 def test_what_a_profile_says_is_told_drawn_and_written(module, monkeypatch, tmp_path, capsys):

@@ -1,9 +1,13 @@
 """The reference model agrees with itself: however tokens are fed, at whatever precision, with whatever options."""
 
+import math
+
 import pytest
 import torch
 
 from dsv4_compile.reference_model import DSV4, DSV4Config, Selection, State, generate, sample
+from dsv4_compile.reference_model import model as reference
+from dsv4_compile.reference_model.quant import dequantize_rows
 
 LENGTH = 45  # crosses windows of 4 and 8 and wraps the ring of 12
 
@@ -236,6 +240,58 @@ def test_generation_is_seeded_and_stops(model, tokens):
     assert torch.equal(warm, run(temperature=1.0, seed=7)) and not torch.equal(warm, run(temperature=1.0, seed=8))
     one = torch.stack(list(generate(model, tokens[:1, :5], 6, stop=int(greedy[0, 0]))))
     assert len(one) == 1
+
+
+def by_hand(x):
+    """Rows as e4m3 with a scale each holds them, one number at a time."""
+    rows = x.flatten(0, -2).clone()
+    for row in rows:
+        largest = row.abs().max().item()
+        exponent = math.ceil(math.log2(largest / 448)) if largest else 0
+        for i, value in enumerate((row / 2.0**exponent).tolist()):
+            step = 2.0 ** (max(math.frexp(value)[1] - 1, -6) - 3)  # 3 bits behind the first
+            row[i] = round(value / step) * step * 2.0**exponent
+    return rows.view_as(x)
+
+
+def test_index_keys_in_e4m3_are_keys_rounded_by_hand(model, tokens, monkeypatch):
+    """The text is the same, token by token, and so is all that is remembered."""
+    e4m3 = torch.float8_e4m3fn
+    got = torch.stack(list(generate(model, tokens[:, :21], 20, index_dtype=e4m3)), 1)
+    compress, states = reference.compress, []
+    width = model.config.index_head_dim
+    rounded = lambda *a: by_hand(e) if (e := compress(*a)).shape[-1] == width else e  # noqa: E731
+    for index_dtype, how in ((e4m3, compress), (None, rounded)):
+        monkeypatch.setattr(reference, "compress", how)
+        states.append(model.new_state(2, LENGTH, index_dtype=index_dtype))
+        for part in tokens.split([7, 12, 1, 25], 1):
+            last = model(part, states[-1], last=1)
+        states[-1].last = last
+    want = torch.stack(list(generate(model, tokens[:, :21], 20)), 1)
+    assert torch.equal(got, want)
+    close(states[0].last, states[1].last)
+    for mine, theirs in zip(*(s.layers for s in states), strict=True):
+        if mine.indexer is not None:
+            entries = dequantize_rows(mine.indexer.entries, mine.indexer.scales, torch.float32)
+            torch.testing.assert_close(entries, theirs.indexer.entries, rtol=1e-5, atol=1e-5)
+
+
+def test_a_state_takes_index_keys_in_e4m3_or_as_the_model_has_them(model):
+    sizes = [
+        sum(
+            t.numel() * t.element_size()
+            for layer in s.layers
+            if layer.indexer
+            for t in layer.indexer.parts()[2:]
+            if t is not None
+        )
+        for s in (model.new_state(2, 64), model.new_state(2, 64, index_dtype=torch.float8_e4m3fn))
+    ]
+    assert sizes[1] / sizes[0] == (model.config.index_head_dim + 4) / (4 * model.config.index_head_dim)
+    with pytest.raises(
+        ValueError, match=r"index_dtype torch.float16: expected torch.float8_e4m3fn, or that of the model"
+    ):
+        model.new_state(2, 64, index_dtype=torch.float16)
 
 
 def test_sampling_follows_the_distribution_and_its_cuts():

@@ -15,7 +15,7 @@ from dsv4_compile.lowerings.indexer import indexer
 from dsv4_compile.lowerings.linear import grouped_linear, linear, linear_wide
 from dsv4_compile.lowerings.norm import rms_norm, unit_norm
 from dsv4_compile.lowerings.pointwise import silu, softmax
-from dsv4_compile.reference_model.quant import quantize
+from dsv4_compile.reference_model.quant import quantize, quantize_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 bf16, e4m3 = torch.bfloat16, torch.float8_e4m3fn
@@ -245,7 +245,11 @@ def cases():
     yield "deep_gemm", grouped_linear, (grouped, w, None, None), 0.01
     yield "deep_gemm", grouped_linear, (grouped, codes[:256], scale[:2], None), 0.05
     yield "deep_gemm", grouped_mm, (torch.randn(11, 256).to(bf16), weights, ends), 0.01
-    yield "deep_gemm", indexer, (*scored, torch.tensor([[300, 120, 5]]), 40, None, None), 0.15
+    seen = torch.tensor([[300, 120, 5]])
+    yield "deep_gemm", indexer, (*scored, seen, 40, None, None, None), 0.15
+    q, keys, heads = scored
+    rows, of_rows = quantize_rows(keys.float())
+    yield "deep_gemm", indexer, (q, rows, heads, seen, 40, None, None, of_rows), 0.15
     yield "quack", rms_norm, (x, torch.rand(256), 1e-6), 0.01
     yield "quack", unit_norm, (torch.randn(2, 3, 64).to(bf16), 1e-6), 0.01
     yield "quack", softmax, (torch.randn(2, 3, 64), -1), 1e-5

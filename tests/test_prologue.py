@@ -122,11 +122,12 @@ def test_a_norm_that_others_read_stays(rewritten):
 
 
 @pytest.mark.skipif(find_spec("cutlass") is None, reason="GPU kernels need CuTeDSL")
-def test_all_of_a_decode_step_compiles_without_a_gpu_and_does_not_spill():
+@pytest.mark.parametrize("index_keys", ["bf16", "fp8"])
+def test_all_of_a_decode_step_compiles_without_a_gpu_and_does_not_spill(index_keys):
     from dsv4_compile.kernels.prologue import KERNEL, OfCompressor, OfNorm, Shape, configs
 
     queries, keys = OfNorm(128, "bf16", "none", 64), OfNorm(128, "bf16", "fp32", 64, "bf16")
-    each = OfCompressor(512, 8, 64, True, "fp32", "bf16"), OfCompressor(128, 8, 64, True, "fp32", "bf16")
+    each = OfCompressor(512, 8, 64, True, "fp32", "bf16"), OfCompressor(128, 8, 64, True, "fp32", index_keys)
     shape = Shape(queries, keys, each)
     _, facts = KERNEL.build(shape, next(configs(shape)), "sm_90a")
     assert facts["kernels"] and all(k["stack"] == 0 for k in facts["kernels"].values()), facts

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from torch._dynamo.backends.common import aot_autograd
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-from dsv4_compile.reference_model.quant import MIDPOINTS, dequantize, mxfp4_to_nvfp4, quantize
+from dsv4_compile.reference_model.quant import (
+    MIDPOINTS,
+    dequantize,
+    dequantize_rows,
+    mxfp4_to_nvfp4,
+    quantize,
+    quantize_rows,
+)
 
 FP8, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 FORMATS = ("fp8", "mxfp4", "nvfp4")
@@ -250,3 +257,35 @@ def test_both_run_on_meta(format):
     for a, b in zip(real, meta, strict=True):
         assert (a is None) == (b is None) and (a is None or (a.dtype, a.shape) == (b.dtype, b.shape))
     assert dequantize(*meta, format).shape == (2, 130, 320)
+
+
+# Rows of a cache
+
+
+def test_rows_have_the_least_power_of_two_that_fits_and_come_back_exactly_in_bf16():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 32, generator=g) * 2.0 ** torch.randint(-90, 60, (500, 1), generator=g)
+    x[0], x[1], x[2] = 0, 448.0 * 2.0**-20, torch.nextafter(torch.tensor(448.0), torch.tensor(1e9))
+    codes, scale = quantize_rows(x)
+    assert codes.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32 and scale.shape == (500, 1)
+    exponent = torch.frexp(scale).exponent - 1
+    assert torch.equal(scale, torch.ldexp(torch.ones(()), exponent)) and exponent[:3, 0].tolist() == [-100, -20, 1]
+    share = x[1:].abs().amax(-1, keepdim=True) / scale[1:]
+    assert bool((share <= 448).all() & (share > 224).all())
+    back = dequantize_rows(codes, scale, torch.float32)
+    assert torch.equal(back, dequantize_rows(codes, scale, torch.bfloat16).float())
+    assert ((back - x).pow(2).sum() / x.pow(2).sum()).sqrt() < 0.03
+
+
+def test_of_the_best_entries_nearly_all_stay_the_best():
+    """Sizes of the published models: 512 of 4096 by 64 heads of 128 channels."""
+    g = torch.Generator().manual_seed(0)
+    keys, q = torch.randn(4096, 128, generator=g), torch.randn(8, 64, 128, generator=g)
+    w = torch.randn(8, 64, generator=g)
+
+    def best(keys):
+        score = torch.einsum("th,the->te", w, (q @ keys.T).relu())
+        return torch.zeros(score.shape).scatter_(1, score.topk(512).indices, 1.0)
+
+    shared = (best(keys) * best(dequantize_rows(*quantize_rows(keys), torch.float32))).sum(-1) / 512
+    assert shared.mean() > 0.96 and shared.min() > 0.94

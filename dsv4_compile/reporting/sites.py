@@ -117,7 +117,7 @@ def in_graph(gm: torch.fx.GraphModule) -> dict[str, int]:
             inside.add(name)
             if name in HOLDS or (name == JOIN[0] and path.endswith(JOIN[1])):
                 calls.setdefault((name, path), set()).add(called)
-        if node.target is operator.setitem:
+        if node.target in (operator.setitem, "index_put_"):
             found["append"] += not inside.isdisjoint(WRITES)
             if not chosen(node.args[2]):
                 written.add(node.args[0])

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 from torch.fx import Node
 
@@ -24,6 +25,7 @@ REASONS = {
     "constant": "made from nothing",
     "join": "one addition to a result, of another, a row or a bias: Inductor puts it into what stands beside it",
     "factor": "a result times a number: Inductor puts it into what stands beside it",
+    "codes": "rows of a cache in fewer bits: their scales, and they divided by these; one loop of Inductor's",
     "layout": "another look at the same memory, or a cast or copy that goes into what reads it",
     "": "no reason is known: a pattern may be missing",
 }
@@ -36,6 +38,7 @@ MOVES = {"aten.cat", "aten.copy", "aten.copy_", "aten.index_put", "aten.index_pu
 MOVES |= {"aten.select_scatter"}
 MADE = {"aten.full", "aten.scalar_tensor", "prims.iota", "aten.empty"}
 ANGLES = {"aten.cos", "aten.sin"}
+QUANTIZES = {"aten.abs", "aten.amax", "aten.mul", "aten.clamp_min", "aten.view", "aten.div"}
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,9 @@ def reason(node: Node) -> str:
         return "angles"
     if head(node) == "aten.add" and all(is_result(x) or is_given(x) for x in term(node).operands):
         return "join"
-    return "factor" if is_factor(node) else ""
+    if is_factor(node):
+        return "factor"
+    return "codes" if of_codes(node) else ""
 
 
 def is_result(x: Any) -> bool:
@@ -113,6 +118,15 @@ def is_angle(node: Node) -> bool:
         return True
     made_of = node.target is CAST or head(node) == "aten.mul"
     return made_of and any(True for _ in users(node)) and all(is_angle(u) for u in users(node))
+
+
+def of_codes(node: Node) -> bool:
+    """Scales of rows that a cache gets, and the rows over them."""
+    if head(node) in MOVES or head(node) == "dsv4.append":
+        return True
+    if not is_tensor(node) or (head(node) not in QUANTIZES and value(node).dtype != torch.int32):
+        return False
+    return any(True for _ in users(node)) and all(of_codes(u) for u in users(node))
 
 
 def writes_rows(node: Node) -> bool:
