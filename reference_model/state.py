@@ -77,8 +77,8 @@ class LayerState:
         if a is None:
             return self.kv, 0
         if b is None:
-            return self.kv, 1, a.values, a.gates, a.entries
-        return self.kv, 2, a.values, a.gates, a.entries, b.values, b.gates, b.entries
+            return self.kv, 1, a.values, a.gates, a.entries, a.scales
+        return self.kv, 2, a.values, a.gates, a.entries, a.scales, b.values, b.gates, b.entries, b.scales
 
     @staticmethod
     def of(parts: Iterator[Any]) -> "LayerState":
