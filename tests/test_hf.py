@@ -1,6 +1,7 @@
 """Hugging Face's DeepseekV4ForCausalLM, as it is: the same ops are found in it as in the reference model."""
 
 import copy
+import os
 from functools import partial
 
 import pytest
@@ -103,9 +104,23 @@ def test_every_site_of_prefill_is_found():
     assert "dense_attention" not in ran(report)
 
 
-def compiled(model, reports):
+@pytest.mark.skipif(os.environ.get("DSV4_TEST_ROBUST") != "all", reason="set DSV4_TEST_ROBUST=all")
+def test_prefill_of_many_lengths_is_one_graph_with_every_site():
+    model, reports = random_model(), []
+    run = compiled(model, reports, dynamic=True)
+    for T in (29, 33, 41):
+        close(run(tokens(2, T), use_cache=False).logits, model(tokens(2, T), use_cache=False).logits)
+    (report,) = reports
+    wanted = expected(model)
+    assert {f: report.counts[f] for f in wanted} == wanted
+    assert "dense_attention" in ran(report)  # which column a mask hides depends on the length
+
+
+def compiled(model, reports, **how):
     options = {"inner": "eager", "strict": True, "lowerings": "c*"}
-    return torch.compile(model, backend=partial(backend, options=options, observe=reports.append), fullgraph=True)
+    return torch.compile(
+        model, backend=partial(backend, options=options, observe=reports.append), fullgraph=True, **how
+    )
 
 
 def greedy(model, ids, steps, cache):
