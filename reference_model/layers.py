@@ -165,6 +165,16 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x[batch, index.clamp(min=0)]
 
 
+def tail(X: Tensor, last: int | None, lengths: Tensor | None) -> Tensor:
+    """The last `last` real positions of X [B, T, ...]."""
+    if last is None:
+        return X
+    if lengths is None:
+        return X[:, -last:]
+    index = (lengths - last).unsqueeze(1) + torch.arange(last, device=X.device)
+    return take(X.flatten(2), index).unflatten(-1, X.shape[2:])
+
+
 def put(x: Tensor, index: Tensor, rows: Tensor) -> None:
     """Write rows [B, T, C] into x [B, S, C] in place, at index [B, T] int64. In brackets a single one would lose its axes."""
     x.index_put_((torch.arange(x.shape[0], device=x.device).unsqueeze(1), index), rows.to(x.dtype))

@@ -29,6 +29,7 @@ from .layers import (
     put,
     rms_norm,
     rope,
+    tail,
     take,
 )
 from .quant import dequantize_rows, quantize_rows
@@ -534,7 +535,7 @@ class DSV4(nn.Module):
                 selection.entries.append(entries)
         if state is not None:
             state.position.copy_(step.chunk.end)
-        logits = self.logits(self.norm(self.hc_head(self.tail(X, last, lengths))))
+        logits = self.logits(self.norm(self.hc_head(tail(X, last, lengths))))
         if mtp:
             whole = self.step(torch.zeros_like(start), T - 1, None, None)
             return logits, self.predict(tokens[:, 1:], X[:, :-1], whole, None)[0]
@@ -566,15 +567,6 @@ class DSV4(nn.Module):
         """What the layers share when T tokens follow the `start` [B] that were seen before."""
         chunk = Chunk(T, start, lengths, None if state is None else state.draft)
         return Step(self.config, self.tables, chunk, None if state is None else state.max_len)
-
-    def tail(self, X: Tensor, last: int | None, lengths: Tensor | None) -> Tensor:
-        """The last `last` real positions of X [B, T, ...]."""
-        if last is None:
-            return X
-        if lengths is None:
-            return X[:, -last:]
-        index = (lengths - last).unsqueeze(1) + torch.arange(last, device=X.device)
-        return take(X.flatten(2), index).unflatten(-1, X.shape[2:])
 
     def new_state(self, batch: int, max_len: int, draft: int = 0, index_dtype: torch.dtype | None = None) -> State:
         """Empty generation state for `batch` sequences of up to `max_len` tokens; `draft` > 0 leaves room to rewind that
