@@ -60,27 +60,19 @@ def test_layers_of_a_kind_are_looked_at_once():
     assert warm.one_of_each(few, 2).layer_types[:4] == (*[few.layer_types[0]] * 2, *[few.layer_types[1]] * 2)
 
 
-def test_what_was_built_is_in_the_cache_and_is_not_built_again(tmp_path, monkeypatch):
+def test_what_was_built_is_in_the_cache_and_is_not_built_again_and_what_was_not_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("DSV4_CACHE_DIR", str(tmp_path))
-    wanted = [
-        warm.Wanted(
-            "dsv4_compile.kernels.router", "router", router.Shape(8, 2), next(router.configs(router.Shape(8, 2)))
-        )
-    ]
+    shape = router.Shape(8, 2)
+    good, bad = (
+        warm.Wanted("dsv4_compile.kernels.router", "router", shape, c) for c in (next(router.configs(shape)), None)
+    )
     told = []
-    for _ in range(2):
+    for wanted in ([good, bad], [good]):
         warm.build_all(wanted, "sm_90a", 1, lambda *done: told.append(done))
-    assert told == [(wanted[0], True, None), (wanted[0], False, None)]
-    assert Store(tmp_path).load(router.KERNEL.key(router.Shape(8, 2), wanted[0].config, "sm_90a"))
-
-
-def test_a_kernel_that_does_not_compile_is_told(tmp_path, monkeypatch):
-    monkeypatch.setenv("DSV4_CACHE_DIR", str(tmp_path))
-    wanted = warm.Wanted("dsv4_compile.kernels.router", "router", router.Shape(8, 2), None)
-    told = []
-    warm.build_all([wanted], "sm_90a", 1, lambda *done: told.append(done))
-    ((one, built, error),) = told
-    assert one is wanted and not built and isinstance(error, Exception)
+    failed = next(done for done in told if done[0] is bad)
+    assert [done for done in told if done is not failed] == [(good, True, None), (good, False, None)]
+    assert not failed[1] and isinstance(failed[2], Exception)
+    assert Store(tmp_path).load(router.KERNEL.key(shape, good.config, "sm_90a"))
 
 
 def test_the_architecture_asked_for_is_the_one_that_ops_are_claimed_for(monkeypatch):
