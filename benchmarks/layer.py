@@ -59,7 +59,7 @@ def contender(name: str, ours: DSV4, batch: int, context: int, keys: str) -> tup
     from benchmarks import layer_hf
 
     model = layer_hf.model_of(ours, [marked.layer for marked in ours.layers], torch.ops.dsv4_benchmark.mark)
-    context = min(context, ours.config.max_position_embeddings - ROOM)
+    context = layer_model.with_room(ours.config, context)
     return layer_hf.step, model, layer_hf.HFLoop.start(model, batch, context, ROOM)
 
 

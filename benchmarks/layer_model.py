@@ -133,11 +133,15 @@ def model_of(config: DSV4Config, device: torch.device) -> DSV4:
     return model.eval()
 
 
+def with_room(config: DSV4Config, context: int) -> int:
+    """So many tokens, or as many that a few may follow in the model's context."""
+    return min(context, config.max_position_embeddings - ROOM)
+
+
 def state_of(model: DSV4, batch: int, context: int, index_keys: str = "bf16") -> State:
-    """Equal numbers in every call: what is remembered of `context` tokens of each sequence, or of so many that a few may follow
-    in the model's context."""
+    """Equal numbers in every call: what is remembered of `context` tokens of each sequence; see `with_room`."""
     torch.manual_seed(1)
-    context = min(context, model.config.max_position_embeddings - ROOM)
+    context = with_room(model.config, context)
     state = model.new_state(batch, context + ROOM, index_dtype=INDEX_KEYS[index_keys])
     for layer in state.layers:
         for part in layer.parts():

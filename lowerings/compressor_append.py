@@ -37,11 +37,17 @@ def compressor_append(
     `compressor` takes them, its rows those of values and gates after the write; entries [B, P, d], target [B, n] int64 ->
     values, gates and entries.  Source: DeepSeek-V4, CSA and HCA compressors.
     """
-    row = slot % values.shape[1]
-    values = append(values, row, c)
-    gates = append(gates, row, z + ape[place % ape.shape[0]])
+    values, gates = remembered(values, gates, slot, c, z, ape, place)
     e = compressor(values, gates, index, weight, cos, sin, eps, overlap)
     return values, gates, append(entries, target, e)
+
+
+def remembered(
+    values: Tensor, gates: Tensor, slot: Tensor, c: Tensor, z: Tensor, ape: Tensor, place: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Values and gates after the new rows, these with their bias."""
+    row = slot % values.shape[1]
+    return append(values, row, c), append(gates, row, z + ape[place % ape.shape[0]])
 
 
 FP8_MAX = 448.0
@@ -78,9 +84,7 @@ def compressor_append_fp8(
     """`compressor_append` whose entries [B, P, d] are e4m3, each with a scale [B, P, 1] fp32: see `quantized`.
     Source: DeepSeek-V4, formats of entries.
     """
-    row = slot % values.shape[1]
-    values = append(values, row, c)
-    gates = append(gates, row, z + ape[place % ape.shape[0]])
+    values, gates = remembered(values, gates, slot, c, z, ape, place)
     codes, scale = quantized(compressor(values, gates, index, weight, cos, sin, eps, overlap))
     return values, gates, append(entries, target, codes), append(scales, target, scale)
 

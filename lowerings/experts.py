@@ -1,5 +1,6 @@
 """All of a mixture of experts but the router's product: choices, routed experts, the shared one, and what mHC makes of it."""
 
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,6 +105,7 @@ def few_and_stored(a: Any) -> bool | str:
     return runs(shape_of(a)) or "more choices than processors, or vectors beyond shared memory"
 
 
+@cache
 def runs(shape: Any) -> bool:
     from dsv4_compile.kernels.experts import configs
 

@@ -107,11 +107,15 @@ LARGEST = 319488  # entries for which the kernel has room
 KEYS = {(torch.bfloat16, None): "bf16", (torch.float8_e4m3fn, torch.float32): "fp8"}  # and their scales
 
 
+def stored_as(keys: Tensor, scale: Tensor | None) -> tuple[torch.dtype, torch.dtype | None]:
+    return keys.dtype, None if scale is None else scale.dtype
+
+
 def fits_the_kernel(a) -> bool | str:
     """What kernels/indexer.py is written for."""
     if a.q.dtype != torch.bfloat16 or a.w.dtype not in DTYPES:
         return "queries must be bfloat16, weights bfloat16 or float32"
-    if (a.keys.dtype, None if a.scale is None else a.scale.dtype) not in KEYS:
+    if stored_as(a.keys, a.scale) not in KEYS:
         return "keys must be bfloat16, or float8_e4m3fn with scales in float32"
     h, d = a.q.shape[2:]
     if not isinstance(h, int) or not isinstance(d, int) or h > 64 or d % 32 or d > 128:
@@ -133,11 +137,8 @@ def _(q, keys, w, visible, k, cos=None, sin=None, scale=None):
     if out.numel():
         vector = 16 // keys.dtype.itemsize
         in_place = keys.stride(2) == 1 and keys.stride(1) == d and keys.stride(0) % vector == 0
-        rows, of_rows = (
-            keys if in_place else keys.contiguous(),
-            KEYS[keys.dtype, None if scale is None else scale.dtype],
-        )
-        shape = Shape(h, d, DTYPES[w.dtype], 0 if cos is None else 2 * cos.shape[-1], of_rows)
+        rows = keys if in_place else keys.contiguous()
+        shape = Shape(h, d, DTYPES[w.dtype], 0 if cos is None else 2 * cos.shape[-1], KEYS[stored_as(keys, scale)])
         launch(
             shape,
             q.reshape(B * T, h, d).contiguous(),

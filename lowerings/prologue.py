@@ -3,6 +3,7 @@
 An op for each number of compressors, and whether the last has entries in e4m3: an op's tensors are known by name.
 """
 
+from functools import cache
 from inspect import Parameter, Signature
 from types import SimpleNamespace
 from typing import Any, get_type_hints
@@ -125,6 +126,7 @@ def shape_of(q: Any, keys: Any, compressors: Any) -> Any:
     return Shape(of_queries, of_keys, tuple(shape_of_compressor(c) for c in compressors))
 
 
+@cache
 def runs(shape: Any) -> bool:
     from dsv4_compile.kernels.prologue import configs
 
