@@ -111,7 +111,7 @@ class Digits:
         """Before anything runs."""
         self.wide = eights(self.format.name, self.M)
         self.stride = step_bytes(self.format.name, self.M)
-        self.spread = spread(self.format.name, self.M)
+        self.spread = self.work.spreads(self.config)
         self.in_turn = stored.BITS[self.format.name] == 4 and not self.spread
         self.halves = self.format.name == "nvfp4" and not self.spread
         self.sums = 2 * self.wide
@@ -318,7 +318,16 @@ class Digits:
 
     @cute.jit
     def finish(self, sums):
-        """After the last product of a tile."""
+        """After the last product of a tile: what the threads of a quad have of a row is added up."""
+        for i in cutlass.range_constexpr(self.sums):
+            total = sums[i]
+            if const_expr(self.spread):
+                total = total + cute.arch.shuffle_sync_bfly(total, 1)
+                total = total + cute.arch.shuffle_sync_bfly(total, 2)
+            if const_expr(self.halves):  # a thread has both halves of 32 columns, the next one the second parts
+                total = total * Float32(SECOND) if self.t % 2 == 1 else total
+                total = total + cute.arch.shuffle_sync_bfly(total, 1)
+            sums[i] = total
 
     @cute.jit
     def put_partial(self, sums, base):
@@ -326,15 +335,10 @@ class Digits:
         partial = self.partial
         for n in cutlass.range_constexpr(self.wide):
             for r in cutlass.range_constexpr(2):
-                total, m = sums[2 * n + r], 4 * n + self.t
-                if const_expr(self.spread):
-                    total = total + cute.arch.shuffle_sync_bfly(total, 1)
-                    total = total + cute.arch.shuffle_sync_bfly(total, 2)
+                m = 4 * n + self.t
                 writes = m < self.M
-                if const_expr(self.halves):  # a thread has both halves of 32 columns, the next one the second parts
+                if const_expr(self.halves):
                     m = 2 * n + self.t // 2
-                    total = total * Float32(SECOND) if self.t % 2 == 1 else total
-                    total = total + cute.arch.shuffle_sync_bfly(total, 1)
                     writes = m < self.M and self.t % 2 == 0
                 if writes:
-                    partial[base + m * self.rows_of_tile + self.g + 8 * r] = total
+                    partial[base + m * self.rows_of_tile + self.g + 8 * r] = sums[2 * n + r]

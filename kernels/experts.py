@@ -8,7 +8,6 @@ the logits come from had ended when that one began its last tile.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 import cutlass
 import cutlass.cute as cute
@@ -17,8 +16,9 @@ from cutlass import Float32, Int32, Int64, const_expr
 from dsv4_compile.kernel import Kernel, fake
 from dsv4_compile.kernel import stream as current
 from dsv4_compile.kernels import gemv, moe, router, shared_expert, side_by_side, stored, stream
+from dsv4_compile.kernels.division import Needs, configs_of
 from dsv4_compile.kernels.moe import HALF
-from dsv4_compile.kernels.stream import DTYPES, LANES, ROWS, SHARED
+from dsv4_compile.kernels.stream import DTYPES, LANES, ROWS
 
 
 @dataclass(frozen=True)
@@ -299,9 +299,8 @@ def configs(shape: Shape) -> Iterator[Config]:
     """The best of each launch, then others of one with the best of the others."""
     q = shape.routed
     firsts = list(side_by_side.pairs(q.up, shape.own, 8 * shape.keys, 0))
-    room = SHARED - 8 * shape.keys
-    downs = [c for c in islice(stream.configs_of(q.down), 24) if c.resident * q.down.shared(c) <= room][:6]
-    ends = list(islice(stream.configs_of(shape.end.work), 6))
+    downs = configs_of(q.down, Needs(8 * shape.keys))[:6]
+    ends = configs_of(shape.end.work)[:6]
     if firsts and downs and ends:
         yield Config(*firsts[0], downs[0], ends[0])
         yield from (Config(*first, downs[0], ends[0]) for first in firsts[1:])

@@ -22,7 +22,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, const_expr
 
-from dsv4_compile.kernel import Kernel, fake, rounded, stream
+from dsv4_compile.kernel import Kernel, by_twos, fake, rounded, stream
 from dsv4_compile.kernels import stored
 from dsv4_compile.kernels import warps as of_warp
 
@@ -580,7 +580,7 @@ KERNEL = Kernel("indexer", __file__, program, configs, rank)
 
 def launch(shape: Shape, q, keys, scales, w, visible, cos, sin, out, T: int) -> None:
     """See `program`."""
-    tokens, entries = 1 << max(0, len(q) - 1).bit_length(), keys.shape[1]  # no result depends on the configuration
+    tokens, entries = by_twos(len(q)), keys.shape[1]  # no result depends on the configuration
     config = KERNEL.choice(shape, (tokens, min(rounded(entries), LARGEST)))
     run(shape, config, q, keys, scales, w, visible, cos, sin, out, T)
 

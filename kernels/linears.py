@@ -16,9 +16,10 @@ from cutlass import Float32, Int32, const_expr
 from dsv4_compile.kernel import Kernel, fake
 from dsv4_compile.kernel import stream as current
 from dsv4_compile.kernels import side_by_side, stored
+from dsv4_compile.kernels.division import configs_of
 from dsv4_compile.kernels.gemv import scale_argument
 from dsv4_compile.kernels.stored import LANES
-from dsv4_compile.kernels.stream import DTYPES, ROWS, Config, Stream, Work, configs_of, kind, loaded
+from dsv4_compile.kernels.stream import DTYPES, ROWS, Config, Stream, Work, kind, loaded
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ def arguments_of(shape: Shape):
 def configs(shape: Shape | Mixed) -> Iterator[Config] | Iterator[Both]:
     if isinstance(shape, Mixed):
         return (Both(*both) for both in side_by_side.pairs(shape.first.work, shape.second.work))
-    return configs_of(shape.work)
+    return iter(configs_of(shape.work))
 
 
 KERNEL = Kernel("linears", __file__, program, configs)

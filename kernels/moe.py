@@ -8,7 +8,6 @@ first still runs, and fills its rings before it waits for what the first writes.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 import cutlass
 import cutlass.cute as cute
@@ -17,6 +16,7 @@ from cutlass import Float32, Int32, Int64, const_expr
 from dsv4_compile.kernel import Kernel, fake
 from dsv4_compile.kernel import stream as current
 from dsv4_compile.kernels import gemv, stored, stream
+from dsv4_compile.kernels.division import configs_of
 from dsv4_compile.kernels.stream import DTYPES, ROWS
 
 HALF = ROWS // 2
@@ -39,11 +39,13 @@ class Shape:
     @property
     def up(self) -> gemv.Work:
         rows = -(-self.I // HALF) * ROWS
-        return stream.Work(self.format, self.e8m0, self.dtype, 1, self.D, 1, rows, self.N * self.k, splits=1)
+        return stream.Work(
+            self.format, self.e8m0, self.dtype, 1, self.D, 1, rows, self.N * self.k, splits=1, each=self.k
+        )
 
     @property
     def down(self) -> gemv.Work:
-        return stream.Work(self.format, self.e8m0, self.dtype, 1, self.I, self.k, self.D, self.N, splits=4)
+        return stream.Work(self.format, self.e8m0, self.dtype, 1, self.I, self.k, self.D, self.N, splits=4, each=1)
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,9 @@ def program(shape: Shape, config: Config):
 
 def configs(shape: Shape) -> Iterator[Config]:
     """The best of each first, then others of one with the best of the other."""
-    ups, downs = (list(islice(stream.configs_of(work), 8)) for work in (shape.up, shape.down))
+    ups, downs = (configs_of(work)[:8] for work in (shape.up, shape.down))
+    if not ups or not downs:
+        return
     yield Config(ups[0], downs[0])
     yield from (Config(up, downs[0]) for up in ups[1:])
     yield from (Config(ups[0], down) for down in downs[1:])

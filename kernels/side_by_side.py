@@ -2,11 +2,12 @@
 for; a launch of its own would cost either of them its beginning and its end."""
 
 from collections.abc import Iterator
-from itertools import product
+from itertools import islice
 
 import cutlass.cute as cute
 
-from dsv4_compile.kernels.stream import SHARED, SMS, Config, Work, configs_of, cost
+from dsv4_compile.kernels.division import Needs, together
+from dsv4_compile.kernels.stream import SMS, Config, Work
 
 FEW = 24  # candidates of either that are tried together
 MOST = 8  # pairs
@@ -30,9 +31,9 @@ def pairs(first: Work, second: Work, *more: int) -> Iterator[tuple[Config, Confi
     """Configurations of both, best first. more: bytes that a block of either needs beside."""
     if first.grids * 2 > SMS:
         return
-    each = ([c for c in configs_of(work) if c.overlaps and c.split == 1][:FEW] for work in (first, second))
-    fit = [p for p in product(*each) if p[0].warps == p[1].warps and memory(first, second, p, *more) <= SHARED]
-    yield from sorted(fit, key=lambda p: cost(first, p[0]) + cost(second, p[1]))[:MOST]
+    needs = (Needs(bytes_, beside=True) for bytes_ in more or (0, 0))
+    both = zip((first, second), needs, strict=True)
+    yield from islice(together(*both, FEW), MOST)
 
 
 def memory(first: Work, second: Work, both: tuple[Config, Config], *more: int) -> int:
