@@ -222,7 +222,8 @@ LOADED: list[Any] = []
 
 @cache
 def source_digest(file: str) -> str:
-    """Of a kernel file and of those beside it that it imports."""
+    """Of a kernel file and of those beside it that it imports, but for what only chooses among configurations: an entry's key
+    has the configuration itself, a record of timings the list of them."""
     texts = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sources(Path(file))}
     return hashlib.sha256(repr(sorted(texts.items())).encode()).hexdigest()
 
@@ -231,14 +232,25 @@ def sources(file: Path) -> set[Path]:
     """The file and, at any remove, what it imports of its folder."""
     found, open_ = {file}, [file]
     while open_:
-        for node in ast.walk(ast.parse(open_.pop().read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(open_.pop().read_text(encoding="utf-8"))):
             if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(ROOM):
                 continue
             names = [node.module.removeprefix(ROOM + ".")] if node.module != ROOM else [a.name for a in node.names]
-            new = {file.with_name(f"{name}.py") for name in names} - found
+            new = {f for f in (file.with_name(f"{name}.py") for name in names) if not only_chooses(f)} - found
             found |= new
             open_ += new
     return found
+
+
+@cache
+def parsed(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
+def only_chooses(file: Path) -> bool:
+    """Whether it says `CHOOSES = True`: which configuration is tried first, and nothing that is compiled."""
+    named = (node.targets for node in parsed(file.read_text(encoding="utf-8")).body if isinstance(node, ast.Assign))
+    return any(isinstance(t, ast.Name) and t.id == "CHOOSES" for targets in named for t in targets)
 
 
 def resources(cubin: bytes | None) -> dict[str, dict[str, int]] | None:

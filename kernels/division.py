@@ -34,8 +34,10 @@ from math import inf
 
 from dsv4_compile.kernel import alike
 from dsv4_compile.kernels import digits, stream
-from dsv4_compile.kernels.stream import ROWS, SHARED, SMS, TEAM, Config, Work, cost
+from dsv4_compile.kernels.stream import ROWS, SHARED, SMS, TEAM, Config, Work
+from dsv4_compile.kernels.stream_cost import cost
 
+CHOOSES = True  # no kernel's code depends on this file
 TOKENS = 8  # of a launch, at most
 JUDGED = (1, 2, 4)  # numbers of tokens that a division is judged by, with the most that fit
 CHAINS = (1, 2, 4)
