@@ -118,6 +118,9 @@ class Digits:
         self.back = BACK[self.format.name]
         self.per_eight = 1 if self.spread else 2 if self.halves else 4  # vectors
         self.per_point = self.per_eight * self.wide
+        self.mates = self.threads // self.teams
+        self.runs = self.blocks * self.format.block // 8  # of eight columns, that a team multiplies at a step
+        self.shares = -(-self.runs * self.M // self.mates)
 
     def allocate_vectors(self, smem):
         steps = self.segments * self.columns // STEP
@@ -126,44 +129,62 @@ class Digits:
             Float32, cute.make_layout((self.segments * self.columns // POINT * self.per_point,)), 16
         )
 
-    @cute.jit
     def stage_vectors(self, x, factor, thread):
-        """See `Pairs.stage_vectors`. Sixteen threads have the 128 columns of a point."""
-        runs = self.columns // 8
-        count, points = self.segments * runs, self.points
-        turns = -(-count // self.threads)
-        for i in cutlass.range(turns, unroll=1):
-            run = i * self.threads + thread
-            segment, place = run // runs, run % runs
-            held = cute.make_rmem_tensor((4, self.M), Int32)
-            held.fill(0)
-            if run < count:
-                for m in cutlass.range_constexpr(self.M):
-                    words = self.eight(x, m, (segment * self.K + self.from_column) // 8 + place)
-                    for j in cutlass.range_constexpr(4):
-                        held[j, m] = words[j]
-            for m in cutlass.range_constexpr(self.M):
-                top = Int32(0)
-                for j in cutlass.range_constexpr(4):
-                    top = larger(top, held[j, m] & 0x7FFF7FFF)
-                for b in cutlass.range_constexpr(4):
-                    top = larger(top, cute.arch.shuffle_sync_bfly(top, 1 << b))
-                exponent = cutlass.max((top & 0xFFFF) >> 7, top >> 23)
-                kept = cutlass.max(exponent, Int32(20))  # what is below 2^-107 loses bits
-                by = as_float((261 - kept) << 23)  # the largest becomes less than 2^8
-                by = stored.pair(by, by)
-                # not finite: the vector's results are NaN
-                point = as_float(Int32(0x7FC00000) if exponent == 255 else (kept - 7) << 23)
-                if const_expr(factor is not None):
-                    point = point * factor[segment]
-                values = [v for j in range(4) for v in stored.unpaired(stored.times(held[j, m], by))]
-                if run < count:
-                    if place % 16 == 0:
-                        points[run // 16 * self.per_point + m] = point
-                    self.put_parts(values, m, run)
-        cute.arch.fence_proxy("async.shared", space="cta")
+        """See `Pairs.stage_vectors`. Nothing but the first columns is looked at yet: each team has columns of its own, and stages
+        those of a step when it first multiplies them, while weights are on their way."""
+        self.x, self.factor, self.mate = x, factor, thread % self.mates
+        self.held = cute.make_rmem_tensor((4, self.shares), Int32)
+        self.held.fill(0)
+        self.look(Int32(0), Int32(0))
 
-    def put_parts(self, values, m: int, run):
+    @cute.jit
+    def look(self, segment, step):
+        """Load a thread's share of a step's columns."""
+        held, first = (
+            self.held,
+            (segment * self.K + self.from_column) // 8 + (step * self.teams + self.team) * self.runs,
+        )
+        for i in cutlass.range_constexpr(self.shares):
+            share = i * self.mates + self.mate
+            if share < self.runs * self.M:
+                words = self.eight(self.x, share // self.runs, first + share % self.runs)
+                for j in cutlass.range_constexpr(4):
+                    held[j, i] = words[j]
+
+    @cute.jit
+    def stage(self, segment, step):
+        """A step's columns, by their team; those of the next one set out. Sixteen threads have the 128 columns of a point."""
+        held, points = self.held, self.points
+        first = segment * (self.columns // 8) + (step * self.teams + self.team) * self.runs
+        for i in cutlass.range_constexpr(self.shares):
+            share = i * self.mates + self.mate
+            m, run = share // self.runs, first + share % self.runs
+            top = Int32(0)
+            for j in cutlass.range_constexpr(4):
+                top = larger(top, held[j, i] & 0x7FFF7FFF)
+            for b in cutlass.range_constexpr(4):
+                top = larger(top, cute.arch.shuffle_sync_bfly(top, 1 << b))
+            exponent = cutlass.max((top & 0xFFFF) >> 7, top >> 23)
+            kept = cutlass.max(exponent, Int32(20))  # what is below 2^-107 loses bits
+            by = as_float((261 - kept) << 23)  # the largest becomes less than 2^8
+            by = stored.pair(by, by)
+            # not finite: the vector's results are NaN
+            point = as_float(Int32(0x7FC00000) if exponent == 255 else (kept - 7) << 23)
+            if const_expr(self.factor is not None):
+                point = point * self.factor[segment]
+            values = [v for j in range(4) for v in stored.unpaired(stored.times(held[j, i], by))]
+            if share < self.runs * self.M:
+                if run % 16 == 0:
+                    points[run // 16 * self.per_point + m] = point
+                self.put_parts(values, m, run)
+        if step + 1 < self.steps:
+            self.look(segment, step + 1)
+        elif segment + 1 < self.segments:
+            self.look(segment + 1, Int32(0))
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.barrier(barrier_id=1 + self.team, number_of_threads=self.mates)
+
+    def put_parts(self, values, m, run):
         """The parts of eight columns."""
         if self.format.name == "fp8":  # a thread multiplies 16 columns in a row, in two steps
             step, word = run // 8 * 2 + run % 2, run % 8 // 2
