@@ -24,6 +24,7 @@ SECOND = 2.0**-5  # what the second part is a multiple of
 POINT = 128  # columns that share one
 BACK = {"fp8": 1.0, "mxfp4": 2.0**6, "nvfp4": 2.0**6}  # what weights must be multiplied by
 STEP = 32  # columns of one instruction
+LOADS = 8  # of a thread, of eight numbers each, that fly together
 AT_ONCE = 32  # fp32 numbers that instructions on their way write, of a thread
 
 
@@ -118,9 +119,6 @@ class Digits:
         self.back = BACK[self.format.name]
         self.per_eight = 1 if self.spread else 2 if self.halves else 4  # vectors
         self.per_point = self.per_eight * self.wide
-        self.mates = self.threads // self.teams
-        self.runs = self.blocks * self.format.block // 8  # of eight columns, that a team multiplies at a step
-        self.shares = -(-self.runs * self.M // self.mates)
 
     def allocate_vectors(self, smem):
         steps = self.segments * self.columns // STEP
@@ -129,60 +127,44 @@ class Digits:
             Float32, cute.make_layout((self.segments * self.columns // POINT * self.per_point,)), 16
         )
 
+    @cute.jit
     def stage_vectors(self, x, factor, thread):
-        """See `Pairs.stage_vectors`. Nothing but the first columns is looked at yet: each team has columns of its own, and stages
-        those of a step when it first multiplies them, while weights are on their way."""
-        self.x, self.factor, self.mate = x, factor, thread % self.mates
-        self.held = cute.make_rmem_tensor((4, self.shares), Int32)
-        self.held.fill(0)
-        self.look(Int32(0), Int32(0))
-
-    @cute.jit
-    def look(self, segment, step):
-        """Load a thread's share of a step's columns."""
-        held, first = (
-            self.held,
-            (segment * self.K + self.from_column) // 8 + (step * self.teams + self.team) * self.runs,
-        )
-        for i in cutlass.range_constexpr(self.shares):
-            share = i * self.mates + self.mate
-            if share < self.runs * self.M:
-                words = self.eight(self.x, share // self.runs, first + share % self.runs)
+        """See `Pairs.stage_vectors`. Sixteen threads have the 128 columns of a point."""
+        runs, points = self.columns // 8, self.points
+        of_all = self.segments * runs
+        turns = -(-of_all * self.M // self.threads)
+        ahead = min(turns, LOADS)
+        for i in cutlass.range(-(-turns // ahead), unroll=1):
+            held = cute.make_rmem_tensor((4, ahead), Int32)
+            held.fill(0)
+            for c in cutlass.range_constexpr(ahead):
+                share = (i * ahead + c) * self.threads + thread
+                if share < of_all * self.M:
+                    m, run = share // of_all, share % of_all
+                    words = self.eight(x, m, (run // runs * self.K + self.from_column) // 8 + run % runs)
+                    for j in cutlass.range_constexpr(4):
+                        held[j, c] = words[j]
+            for c in cutlass.range_constexpr(ahead):
+                share = (i * ahead + c) * self.threads + thread
+                m, run = share // of_all, share % of_all
+                top = Int32(0)
                 for j in cutlass.range_constexpr(4):
-                    held[j, i] = words[j]
-
-    @cute.jit
-    def stage(self, segment, step):
-        """A step's columns, by their team; those of the next one set out. Sixteen threads have the 128 columns of a point."""
-        held, points = self.held, self.points
-        first = segment * (self.columns // 8) + (step * self.teams + self.team) * self.runs
-        for i in cutlass.range_constexpr(self.shares):
-            share = i * self.mates + self.mate
-            m, run = share // self.runs, first + share % self.runs
-            top = Int32(0)
-            for j in cutlass.range_constexpr(4):
-                top = larger(top, held[j, i] & 0x7FFF7FFF)
-            for b in cutlass.range_constexpr(4):
-                top = larger(top, cute.arch.shuffle_sync_bfly(top, 1 << b))
-            exponent = cutlass.max((top & 0xFFFF) >> 7, top >> 23)
-            kept = cutlass.max(exponent, Int32(20))  # what is below 2^-107 loses bits
-            by = as_float((261 - kept) << 23)  # the largest becomes less than 2^8
-            by = stored.pair(by, by)
-            # not finite: the vector's results are NaN
-            point = as_float(Int32(0x7FC00000) if exponent == 255 else (kept - 7) << 23)
-            if const_expr(self.factor is not None):
-                point = point * self.factor[segment]
-            values = [v for j in range(4) for v in stored.unpaired(stored.times(held[j, i], by))]
-            if share < self.runs * self.M:
-                if run % 16 == 0:
-                    points[run // 16 * self.per_point + m] = point
-                self.put_parts(values, m, run)
-        if step + 1 < self.steps:
-            self.look(segment, step + 1)
-        elif segment + 1 < self.segments:
-            self.look(segment + 1, Int32(0))
+                    top = larger(top, held[j, c] & 0x7FFF7FFF)
+                for b in cutlass.range_constexpr(4):
+                    top = larger(top, cute.arch.shuffle_sync_bfly(top, 1 << b))
+                exponent = cutlass.max((top & 0xFFFF) >> 7, top >> 23)
+                kept = cutlass.max(exponent, Int32(20))  # what is below 2^-107 loses bits
+                by = as_float((261 - kept) << 23)  # the largest becomes less than 2^8
+                by = stored.pair(by, by)
+                # not finite: the vector's results are NaN
+                point = as_float(Int32(0x7FC00000) if exponent == 255 else (kept - 7) << 23)
+                if share < of_all * self.M:
+                    if const_expr(factor is not None):
+                        point = point * factor[run // runs]
+                    if run % 16 == 0:
+                        points[run // 16 * self.per_point + m] = point
+                    self.put_parts([v for j in range(4) for v in stored.unpaired(stored.times(held[j, c], by))], m, run)
         cute.arch.fence_proxy("async.shared", space="cta")
-        cute.arch.barrier(barrier_id=1 + self.team, number_of_threads=self.mates)
 
     def put_parts(self, values, m, run):
         """The parts of eight columns."""

@@ -84,9 +84,6 @@ class Pairs:
         values = [v * by for v in values]
         return [stored.split(self.parts, values[order[2 * j]], values[order[2 * j + 1]]) for j in range(4)]
 
-    def stage(self, segment, step):
-        """All vectors have been staged."""
-
     def vector(self, index):
         """The 16 bytes of `vectors` at an index."""
         return cute.zipped_divide(self.vectors, (4,))[None, index]

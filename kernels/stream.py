@@ -367,20 +367,17 @@ class Stream:
     # the whole
 
     @cute.jit
-    def tile_sums(self, sums, slot, turn):
+    def tile_sums(self, sums, slot):
         """Go through all stages of one tile; returns the slot after the last. sums [numbers, chains]: at the end the first has
         all of them."""
         self.start(sums)
         for segment in cutlass.range(self.segments, unroll=1):
             for first in cutlass.range(0, self.steps, self.chains, unroll=1):
                 for chain in cutlass.range_constexpr(self.chains):
+                    cute.arch.cp_async_wait_group(self.stages - 2)
                     cute.arch.sync_warp()
                     before = slot - 1 if slot > 0 else Int32(self.stages - 1)
                     self.issue(before)  # what lay there was consumed one step ago
-                    if turn == 0:
-                        self.stage(segment, first + chain)
-                    cute.arch.cp_async_wait_group(self.stages - 1)
-                    cute.arch.sync_warp()
                     self.consume(sums[None, chain], slot, segment, first + chain)
                     slot = slot + 1 if slot < self.stages - 1 else Int32(0)
         for chain in cutlass.range_constexpr(self.chains):
@@ -396,7 +393,7 @@ class Stream:
         slot, parity, turn = Int32(0), Int32(0), Int32(0)
         for tile in cutlass.range(self.first, self.tiles, self.grid, unroll=1):
             self.before(tile)
-            slot = self.tile_sums(sums, slot, turn)
+            slot = self.tile_sums(sums, slot)
             base = (parity * self.teams + self.team) * (self.M * self.rows_of_tile) + self.member * ROWS
             self.put_partial(sums[None, 0], base)
             cute.arch.barrier()
