@@ -81,6 +81,11 @@ class Own(moe.GateUp):
         self.I, self.grid, self.turns = shape.H, grid, -(-self.tiles // grid)
         self.scale_row, self.scale_matrix = self.format.scale_bytes(shape.H, shape.routed.D)
 
+    def place(self, tile, segment, r: int):
+        row = tile * (self.rows_of_tile // 2) + self.member * HALF + self.g
+        scales = self.scales_at[r]
+        return self.weights[r], cutlass.min(row, self.I - 1), scales, scales + self.scale_matrix
+
     @cute.jit
     def run_all(self, x, w1, w3, s, t, limit, h, early, block, thread):
         self.weights = [w.iterator.toint() for w in (w1, w3)]
@@ -121,7 +126,7 @@ class Up:
         self.routed = stream.kind(Routed, config.up)(shape, config.up, each)
         self.own = stream.kind(Own, config.own)(shape, config.own, many)
         self.threads, self.k, self.X, self.keys = self.own.threads, shape.routed.k, shape.routed.X, shape.keys
-        self.grid = many + each * shape.routed.N * shape.routed.k
+        self.grid = many + each * shape.routed.N
         self.bytes = side_by_side.memory(shape.routed.up, shape.own, both, 8 * shape.keys, 0)
 
     @cute.kernel
@@ -138,19 +143,18 @@ class Up:
 
     @cute.jit
     def choices(self, x, logits, bias, expert, tokens, scale, eps, w, s, t, limit, h, base, block, thread):
-        """One of them: a block's part of it."""
+        """Those of a token: a block's part of them."""
         arena, routed = side_by_side.Arena(base, self.bytes), self.routed
         routed.allocate(arena)
+        routed.remember(arena)
         keys, scores = kept(arena, self.keys)
-        choice, part = block // routed.grid, block % routed.grid
-        token, j = choice // self.k, choice % self.k
+        token, part = block // routed.grid, block % routed.grid
         cute.arch.griddepcontrol_wait()  # nothing is known before
         e, score = chosen(self, logits, bias, expert, tokens, keys, scores, token, thread)
-        gates = router.share(score, thread % LANES, scale, eps)
-        e, gate = Int64(cute.arch.shuffle_sync(e, j)), cute.arch.shuffle_sync(gates, j)
+        gate = router.share(score, thread % LANES, scale, eps)
         s1, s3 = (None, None) if s is None else (s[0], s[1])
         t1, t3 = (None, None) if t is None else (t[0], t[1])
-        routed.go(x, token, choice, e, gate, w[0], w[1], s1, s3, t1, t3, limit, h, part, thread)
+        routed.go(x, token, e, gate, w[0], w[1], s1, s3, t1, t3, limit, h, part, thread)
 
 
 def kept(arena, keys: int):

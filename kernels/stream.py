@@ -62,7 +62,7 @@ class Config:
 class Work:
     """What a kernel streams: `rows` of K columns in `segments` (matrices one after the other, each with its own columns),
     times M vectors, `grids` times (groups, choices, tokens). splits: blocks that may share a row. each: grids of a token, or 0
-    where the vectors are the tokens."""
+    where the vectors are the tokens. parts: matrices of so many rows, tiled one after the other."""
 
     format: str
     e8m0: bool
@@ -74,6 +74,7 @@ class Work:
     grids: int
     splits: int = 8
     each: int = 0
+    parts: int = 1
 
     def of(self, tokens: int) -> "Work":
         """The same for another number of tokens."""
@@ -83,8 +84,14 @@ class Work:
     def stored(self) -> stored.Format:
         return stored.Format(self.format, self.e8m0)
 
+    @property
+    def bytes(self) -> float:
+        """Of all matrices, scales included."""
+        row = self.segments * self.stored.row_bytes(self.K) * (1 + self.stored.scale_share)
+        return row * self.rows * self.parts * self.grids
+
     def tiles(self, config: Config) -> int:
-        return -(-self.rows // config.rows)
+        return self.parts * -(-self.rows // config.rows)
 
     def part(self, config: Config) -> int:
         """Columns of a segment that a block of a cluster has."""
@@ -122,7 +129,7 @@ class Work:
             vectors = digits.vector_bytes(self.format, self.M, columns)
         sums = self.M * config.rows * 4
         kept = self.turns(config) * sums if config.split > 1 else 0
-        return ring + vectors + 2 * config.teams * sums + kept + 4 * self.segments * 2 + 256
+        return ring + vectors + 2 * config.teams * sums + kept + 8 * self.segments + 16 * self.parts + 256
 
     def grid(self, config: Config) -> int:
         """Thread blocks of one group, or clusters."""

@@ -30,7 +30,7 @@ def cost(work: Work, config: Config) -> float:
     flying = present * config.warps * (config.stages - 1) * sum(work.stage_words(config)) * 4
     wanted = IN_FLIGHT_4 if stored.BITS[work.format] == 4 else IN_FLIGHT
     slow = max(1.0, min(wanted, busiest) / flying) ** 0.15
-    reading = max(row_bytes * work.rows * work.grids / READ, busiest / ALONE) * slow
+    reading = max(work.bytes / READ, busiest / ALONE) * slow
     if config.overlaps:
         reading = max(0.2, reading - min(HIDDEN, min(busiest, flying) * SMS / READ))
     each = STAGE / (config.blocks * f.block * ROWS / LANES)
