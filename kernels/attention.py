@@ -488,12 +488,13 @@ def estimate(shape: Shape, config: Config, tokens: int, rows: int, processors: i
     leave some processors alone; two blocks of one processor slow each other down."""
     H, half, wide = config.heads, config.rows / 32, shape.d / 512
     tiles = config.parts * max(1, -(-rows // (config.rows * config.splits * config.chunks * config.parts)))
-    each = 5.0 + 0.025 * H + 0.2 * (config.stages - 2) * half + 0.3 * (config.parts - 1)
+    rings = 0.1 * abs(config.stages - 3) if config.rows == 32 else 0.3 * (config.stages - 2)
+    each = 4.5 + 0.025 * H + rings + 0.1 * config.splits + 0.3 * (config.parts - 1)
     each += tiles * wide * (0.0325 * H - 0.1 + (0.63 + 0.011 * H) * half)
     blocks, here = tokens * -(-shape.heads // H) * config.splits * config.chunks, at_once(shape, config)
     again = 0 if config.chunks == 1 else 1.8 + 2e-6 * tokens * config.chunks * shape.heads * shape.d
     usable = processors if config.splits < 4 else processors * 7 // 8 // config.splits * config.splits
-    crowded = 1 + 0.3 * (here - 1) * min(2, max(0, blocks / processors - 0.25))
+    crowded = 1 + 0.36 * (here - 1) * min(2, max(0, blocks / processors - 0.25))
     return -(-blocks // (usable * here)) * each * crowded + again
 
 

@@ -1,22 +1,23 @@
 """What a configuration of the kernels in `stream` costs: a model, fitted to timings, that says which is tried first."""
 
 from dsv4_compile.kernels import digits, stored
-from dsv4_compile.kernels.stream import LANES, ROWS, SMS, Config, Work, processors
+from dsv4_compile.kernels.stream import LANES, ROWS, SMS, TEAM, Config, Work, processors
 
 CHOOSES = True  # no kernel's code depends on this file
-IN_FLIGHT = 96 << 10  # bytes of a processor: what memory's latency asks for
-IN_FLIGHT_4 = 64 << 10  # of four bits: more keeps the next launch off
 
-# Of the cost model: bytes a microsecond of all processors, of one, and of one from the second cache; instructions of all lanes
-# of a processor a microsecond; microseconds that a launch takes, and one that overlaps with the launch before; of those, the
-# ones in which rings fill; the end of a tile; a cluster. Instructions for a weight, and for a number of a vector.
+# Bytes a microsecond of all processors, of one, and of one from the second cache; instructions of all lanes of a processor a
+# microsecond. Bytes in flight of a processor that memory's latency asks for, and of four bits: more keeps the next launch off.
 READ, ALONE, CACHED, LANES_A_US = 4.35e6, 4.2e4, 7e4, 128 * 1750 * 0.7
-LAUNCH, FOLLOW, HIDDEN, TILE_END, CLUSTER = 1.9, 1.0, 0.9, 0.05, 1.3
-WIDE_END, WIDE_VECTOR = 0.15, 0.04  # the end of a tile of 64 rows or more, and what a vector adds to it
+IN_FLIGHT, IN_FLIGHT_4 = 24 << 10, 64 << 10
+# Microseconds that a launch takes, and one that overlaps with the launch before; the end of a tile, also of 64 rows or more;
+# each 64 rows by which the last tile is larger; a cluster; a stage of the rings, a block of a processor, blocks of a stage.
+LAUNCH, FOLLOW, TILE_END, WIDE_END, LAST, CLUSTER = 1.9, 1.0, 0.05, 0.17, 0.7, 0.85
+A_STAGE, A_BLOCK, A_SIZE = 0.16, 0.03, 0.15
+# Instructions for a weight, for eight columns of vectors more, a stage, and a number of a vector.
 DECODED = {"bf16": 1.0, "fp32": 7.0, "fp8": 3.6, "mxfp4": 3.0, "nvfp4": 4.2}
 DIGITS = {"fp8": 1.8, "mxfp4": 2.4, "nvfp4": 2.9}
 SPREAD = {"mxfp4": 1.6, "nvfp4": 1.9}  # of a single vector
-COLUMNS, STAGE, STAGED, SPLIT_NUMBER = 0.6, 65, 4, 5
+COLUMNS, STAGE, STAGED, SPLIT_NUMBER = 0.6, 65, 4, 0.3
 
 
 def cost(work: Work, config: Config) -> float:
@@ -31,8 +32,6 @@ def cost(work: Work, config: Config) -> float:
     wanted = IN_FLIGHT_4 if stored.BITS[work.format] == 4 else IN_FLIGHT
     slow = max(1.0, min(wanted, busiest) / flying) ** 0.15
     reading = max(work.bytes / READ, busiest / ALONE) * slow
-    if config.overlaps:
-        reading = max(0.2, reading - min(HIDDEN, min(busiest, flying) * SMS / READ))
     each = STAGE / (config.blocks * f.block * ROWS / LANES)
     if wide:
         costs = SPREAD if work.spreads(config) else DIGITS
@@ -44,7 +43,9 @@ def cost(work: Work, config: Config) -> float:
     decoding = numbers * each / LANES_A_US * max(1.0, 16 / (present * config.warps)) ** 0.45
     stream = (reading**3 + decoding**3) ** (1 / 3)
     staged = waves * present * work.M * columns * (2 / CACHED + (SPLIT_NUMBER if wide else STAGED) / LANES_A_US)
-    end = WIDE_END + WIDE_VECTOR * work.M if wide else TILE_END
-    ends = end * work.turns(config) / present + CLUSTER * (config.split - 1) ** 0.5
-    habits = 0.02 * config.stages + 0.02 * config.resident + 0.06 * abs(config.blocks - 2)
+    ends = (WIDE_END if wide else TILE_END) * work.turns(config) / present
+    if wide:
+        ends += LAST * (config.rows / (TEAM * ROWS) - 1)
+    ends += CLUSTER * (config.split - 1) ** 0.5
+    habits = A_STAGE * config.stages + A_BLOCK * config.resident + A_SIZE * abs(config.blocks - 2)
     return (FOLLOW if config.overlaps else LAUNCH) + stream + staged + ends + habits
