@@ -170,7 +170,9 @@ CASES = {
     "indexer": indexing,
     "compressor": sized("compressor", 512, 4, 64, True, fp32),
     "compressor_append": sized("compressor_append", 512, 128, 64, False, bf16),
+    "compressor_append_fp8": sized("compressor_append_fp8", *generated.SCALED[0]),
     "prologue_2": sized("prologue_2", *generated.PROLOGUE[0], *generated.MEMORY[:2]),
+    "prologue_2_fp8": sized("prologue_2_fp8", *generated.PROLOGUE[0], generated.MEMORY[0], generated.SCALED[0]),
 }
 ON_A_CPU = {
     "linear": counted("linear", 0, 200, 320, "fp8", fp32),
