@@ -337,12 +337,12 @@ class Attention:
     @cute.jit
     def combine(self, split, chunk, group, token, sink, cos, sin, sums, marks, out, start, thread):
         """This block's part of the heads, from all blocks of the cluster: the result, or this cluster's part of it."""
-        plan, d, share = self.plan, self.d, self.H // self.splits
+        plan, d, share = self.plan, self.d, -(-self.H // self.splits)
         for i in cutlass.range_constexpr(-(-share * d // (4 * THREADS))):
             v = i * THREADS + thread
             row, column = split * share + v // (d // 4), 4 * (v % (d // 4))
             head = group * self.H + row
-            if v < share * d // 4 and head < self.h:
+            if v < share * d // 4 and head < self.h and row < self.H:
                 blocks = [of_warp.of_block(start, b) if self.splits > 1 else start for b in range(self.splits)]
                 local = const_expr(self.splits == 1)
                 tops = [of_warp.load_word(b + 4 * (plan.top + row), local) for b in blocks]

@@ -9,6 +9,7 @@ all blocks of the cluster, in their order, and writes the result.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import cutlass
 import cutlass.cute as cute
@@ -17,8 +18,10 @@ from cutlass import BFloat16, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
-from dsv4_compile.kernel import Kernel, fake, stream
+from dsv4_compile.kernel import Kernel, fake, of_tokens, rounded, stream
+from dsv4_compile.kernels import attention
 from dsv4_compile.kernels import warps as of_warp
+from dsv4_compile.kernels.attention import Shape
 
 LOG2E = math.log2(math.e)
 HEADS = 64  # of a product
@@ -28,17 +31,6 @@ THREADS = MULTIPLYING + BRINGING
 REGISTERS = 40, 232  # of a thread that brings and of one that multiplies
 SHARED = 227 * 1024  # bytes of a block
 AMONG = 1  # named barrier of the threads that multiply
-
-
-@dataclass(frozen=True)
-class Shape:
-    """As kernels/attention.py has it; d 256 or 512."""
-
-    d: int
-    heads: int
-    entries: bool
-    on_window: bool
-    rope: int
 
 
 @dataclass(frozen=True)
@@ -67,7 +59,7 @@ def words_at_the_end(shape: Shape, config: Config) -> int:
 def used(shape: Shape, config: Config) -> int:
     """Bytes of shared memory."""
     tiles = 2 * shape.d * (HEADS + config.stages * config.rows)
-    small = 4 * (config.stages * config.rows + 2 * HEADS + HEADS + max(1, shape.rope)) + 16 * config.stages
+    small = 4 * (config.stages * config.rows + 4 * HEADS + max(1, shape.rope)) + 16 * config.stages
     return max(tiles, 4 * words_at_the_end(shape, config)) + small
 
 
@@ -102,7 +94,7 @@ class Attention:
             rows: cute.struct.Align[cute.struct.MemRange[BFloat16, room], 1024]
             bias: cute.struct.MemRange[Float32, self.stages * R]
             marks: cute.struct.MemRange[Float32, 2 * HEADS]
-            factors: cute.struct.MemRange[Float32, HEADS]
+            factors: cute.struct.MemRange[Float32, 2 * HEADS]
             table: cute.struct.MemRange[Float32, max(1, self.rope)]
             full: cute.struct.MemRange[Int64, self.stages]
             free: cute.struct.MemRange[Int64, self.stages]
@@ -226,7 +218,7 @@ class Attention:
                 self.finish(values, tops, totals, sinks, table, group, token, out, start, warp, team, lane)
             else:
                 marks = room.marks.get_tensor(cute.make_layout((2 * HEADS,)))
-                factors = room.factors.get_tensor(cute.make_layout((HEADS,)))
+                factors = room.factors.get_tensor(cute.make_layout((2 * HEADS,)))
                 self.hand_out(values, tops, totals, marks, start, warp, team, lane)
                 of_warp.everybody(self.splits)
                 places = start, room.marks.data_ptr().toint()
@@ -403,38 +395,42 @@ class Attention:
     @cute.jit
     def combine(self, split, group, token, sink, table, factors, out, places, thread):
         """This block's part of the heads, from all blocks of the cluster."""
-        (start, marks), d, share, splits = places, self.d, self.H // self.splits, self.splits
-        if thread < max(32, self.H):  # whole warps: a lane has a block's part of a head
-            row, block = split * share + thread // splits % share, thread % splits
+        (start, marks), d, splits = places, self.d, self.splits
+        share, lanes = -(-self.H // splits), 1 << (splits - 1).bit_length()
+        if thread < -(-share * lanes // 32) * 32:  # whole warps: a lane has a block's part of a head
+            row, block = split * share + thread // lanes, thread % lanes
             head = group * self.H + row
-            top = of_warp.load_word(of_warp.of_block(marks + 4 * row, block), False)
-            total = of_warp.load_word(of_warp.of_block(marks + 4 * (HEADS + row), block), False)
-            own = Float32(0.0)
+            top, total, own = -Float32.inf, Float32(0.0), Float32(0.0)
+            if block < splits:
+                if row < self.H:
+                    top = of_warp.load_word(of_warp.of_block(marks + 4 * row, block), False)
+                    total = of_warp.load_word(of_warp.of_block(marks + 4 * (HEADS + row), block), False)
             if const_expr(not self.on_window):
                 own = sink[cutlass.min(head, self.h - 1)] * Float32(LOG2E)
-            largest = cute.arch.warp_reduction_max(top, threads_in_group=splits)
+            largest = cute.arch.warp_reduction_max(top, threads_in_group=lanes)
             if const_expr(not self.on_window):
                 largest = cute.arch.fmax(largest, own)
             finite = Float32(0.0) if largest == -Float32.inf else largest
             shrink = cute.math.exp2(top - finite, fastmath=True)
-            below = cute.arch.warp_reduction_sum(total * shrink, threads_in_group=splits)
+            below = cute.arch.warp_reduction_sum(total * shrink, threads_in_group=lanes)
             if const_expr(not self.on_window):
                 below = below + cute.math.exp2(own - finite, fastmath=True)
-            if thread < self.H:
+            if thread < share * lanes:
                 factors[thread] = shrink / below if below > Float32(0.0) else Float32(0.0)
         cute.arch.barrier(barrier_id=AMONG, number_of_threads=MULTIPLYING)
         column = 4 * (thread % (d // 4))
         at_once = 4 * MULTIPLYING // d  # rows
         for i in cutlass.range_constexpr(-(-share // at_once)):
             r = i * at_once + thread // (d // 4)
-            head = group * self.H + split * share + r
+            row = split * share + r
+            head = group * self.H + row
             if r < share:
-                if head < self.h:
-                    at = start + 4 * ((split * share + r) * self.value_row + column)
+                if row < cutlass.min(self.H, self.h - group * self.H):
+                    at = start + 4 * (row * self.value_row + column)
                     parts = [of_warp.load_words(of_warp.of_block(at, b), False) for b in range(splits)]
                     x = [Float32(0.0) for _ in range(4)]
                     for b in cutlass.range_constexpr(splits):
-                        factor = factors[r * splits + b]
+                        factor = factors[r * lanes + b]
                         x = [old + factor * new for old, new in zip(x, parts[b], strict=True)]
                     narrow = cute.make_rmem_tensor((4,), BFloat16)
                     if const_expr(self.rope > 0):
@@ -490,12 +486,43 @@ def program(shape: Shape, config: Config):
 
 
 def configs(shape: Shape) -> Iterator[Config]:
+    """All that fit; the first is what many tokens are fastest with."""
     for splits in (1, 2, 4, 8):
-        for heads in (16, 32, 64):
-            for rows, stages in ((64, 2), (80, 1), (80, 2), (32, 4), (48, 3), (96, 1), (160, 1)):
+        for heads in (64, 32, 16):
+            for rows, stages in ((80, 2), (64, 2), (48, 3), (32, 4), (80, 1)):
                 config = Config(heads, rows, stages, splits)
-                if fits(shape, config):
+                if heads < 16 + shape.heads and fits(shape, config):
                     yield config
 
 
-KERNEL = Kernel("attention_wide", __file__, program, configs)
+def estimate(shape: Shape, config: Config, tokens: int, rows: int, processors: int = 132) -> float:
+    """Microseconds"""
+    return 0.0
+
+
+def rank(shape: Shape, work: tuple[int, ...]) -> list[Config]:
+    """All configurations, best first for so many tokens, each with so many rows."""
+    return sorted(configs(shape), key=lambda config: estimate(shape, config, *work))
+
+
+KERNEL = Kernel("attention_wide", __file__, program, configs, rank)
+
+
+def launch(shape: Shape, dtype: str, *arguments) -> None:
+    """As kernels/attention.py has it, for shapes that are `worth` it."""
+    q, _, window, _, index, *_ = arguments
+    KERNEL.launcher(shape, None, work_of(q, window, index))(*arguments)
+
+
+def work_of(q, window, index) -> tuple[int, int]:
+    """The class of numbers of tokens and of rows of each."""
+    return of_tokens(q.shape[0]), rounded(window.shape[1] + (0 if index is None else index.shape[1]))
+
+
+@cache
+def worth(shape: Shape, dtype: str, work: tuple[int, ...]) -> bool:
+    """Whether this takes a shape, and is faster for so much work than kernels/attention.py."""
+    if dtype != "bf16" or shape.d not in (256, 512) or shape.rope % 8 or shape.rope > shape.d // 2:
+        return False
+    other = attention.estimate(shape, attention.rank(shape, work)[0], *work)
+    return estimate(shape, rank(shape, work)[0], *work) < other
