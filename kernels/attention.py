@@ -11,13 +11,14 @@ Several clusters may share long lists. Then each writes its sums, and a second l
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, const_expr
 
 from dsv4_compile.kernel import Kernel, fake, of_tokens, rounded, stream
-from dsv4_compile.kernels import attention_exact
+from dsv4_compile.kernels import attention_exact, attention_wide
 from dsv4_compile.kernels import warps as of_warp
 
 LOG2E = math.log2(math.e)
@@ -482,14 +483,27 @@ def rank(shape: Shape, work: tuple[int, ...]) -> list[Config]:
 KERNEL = Kernel("attention", __file__, program, configs, rank)
 
 
-def launch(shape: Shape, dtype: str, *arguments) -> None:
-    """See `program`, without sums and marks. What the tensor cores do not take runs exactly."""
+@cache
+def wider(shape: Shape, work: tuple[int, ...]) -> bool:
+    """Whether products of warpgroups are faster for so much work."""
+    wide = attention_wide.Shape(**asdict(shape))
+    if not attention_wide.takes(wide):
+        return False
+    return attention_wide.least(wide, work) < estimate(shape, rank(shape, work)[0], *work)
+
+
+def launch(shape: Shape, dtype: str, warpgroups: bool, *arguments) -> None:
+    """See `program`, without sums and marks. What the tensor cores do not take runs exactly. warpgroups: whether the GPU has
+    their products, as Hopper."""
     if dtype != "bf16" or shape.d % 64 or shape.d > 512 or shape.rope % 4:
         exact = attention_exact.Shape(**asdict(shape), dtype=dtype)
         attention_exact.KERNEL.launcher(exact)(*arguments)
         return
     q, _, window, _, index, *_ = arguments
     rows = window.shape[1] + (0 if index is None else index.shape[1])
+    if warpgroups and wider(shape, work := (of_tokens(q.shape[0]), rounded(rows))):
+        attention_wide.KERNEL.launcher(attention_wide.Shape(**asdict(shape)), None, work)(*arguments)
+        return
     run(shape, KERNEL.choice(shape, (of_tokens(q.shape[0]), rounded(rows))), *arguments)
 
 

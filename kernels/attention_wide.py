@@ -9,7 +9,6 @@ all blocks of the cluster, in their order, and writes the result.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 
 import cutlass
 import cutlass.cute as cute
@@ -18,10 +17,8 @@ from cutlass import BFloat16, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
-from dsv4_compile.kernel import Kernel, fake, of_tokens, rounded, stream
-from dsv4_compile.kernels import attention
+from dsv4_compile.kernel import Kernel, fake, stream
 from dsv4_compile.kernels import warps as of_warp
-from dsv4_compile.kernels.attention import Shape
 
 LOG2E = math.log2(math.e)
 HEADS = 64  # of a product
@@ -31,6 +28,17 @@ THREADS = MULTIPLYING + BRINGING
 REGISTERS = 40, 232  # of a thread that brings and of one that multiplies
 SHARED = 227 * 1024  # bytes of a block
 AMONG = 1  # named barrier of the threads that multiply
+
+
+@dataclass(frozen=True)
+class Shape:
+    """As kernels/attention.py has it."""
+
+    d: int
+    heads: int
+    entries: bool
+    on_window: bool
+    rope: int
 
 
 @dataclass(frozen=True)
@@ -157,7 +165,9 @@ class Attention:
         if team == 2:
             cute.arch.setmaxregister_decrease(REGISTERS[0])
             start = room.rows.data_ptr().toint()
-            self.bring(first, last, rows, token, T, keys, window, entries, index, start, bias, full, free, warp - 8, lane)
+            self.bring(
+                first, last, rows, token, T, keys, window, entries, index, start, bias, full, free, warp - 8, lane
+            )
             if const_expr(self.splits > 1):
                 of_warp.everybody(self.splits)
                 of_warp.everybody(self.splits)
@@ -174,7 +184,9 @@ class Attention:
                         table[thread] = cos[of, thread]
                     else:
                         table[thread] = sin[of, thread - self.rope // 2]
-            sinks = cute.make_rmem_tensor((2,), Float32)  # of lane / 4 of this warp's 16 heads, and of the eighth after it
+            sinks = cute.make_rmem_tensor(
+                (2,), Float32
+            )  # of lane / 4 of this warp's 16 heads, and of the eighth after it
             for i in cutlass.range_constexpr(2):
                 sinks[i] = Float32(0.0)
                 if group * self.H + 16 * (warp % 4) + lane // 4 + 8 * i < self.h:
@@ -444,9 +456,7 @@ class Attention:
 
 
 @cute.jit
-def multiply(
-    of: cute.TiledMma, sums: cute.Tensor, a: cute.Tensor, b: cute.Tensor, anew: cutlass.Constexpr
-):
+def multiply(of: cute.TiledMma, sums: cute.Tensor, a: cute.Tensor, b: cute.Tensor, anew: cutlass.Constexpr):
     """sums = A B, or sums += A B; waits for it."""
     warpgroup.fence()
     atom = cute.make_mma_atom(of.op)
@@ -508,21 +518,10 @@ def rank(shape: Shape, work: tuple[int, ...]) -> list[Config]:
 KERNEL = Kernel("attention_wide", __file__, program, configs, rank)
 
 
-def launch(shape: Shape, dtype: str, *arguments) -> None:
-    """As kernels/attention.py has it, for shapes that are `worth` it."""
-    q, _, window, _, index, *_ = arguments
-    KERNEL.launcher(shape, None, work_of(q, window, index))(*arguments)
+def takes(shape: Shape) -> bool:
+    return shape.d in (256, 512) and shape.rope % 8 == 0 and shape.rope <= shape.d // 2
 
 
-def work_of(q, window, index) -> tuple[int, int]:
-    """The class of numbers of tokens and of rows of each."""
-    return of_tokens(q.shape[0]), rounded(window.shape[1] + (0 if index is None else index.shape[1]))
-
-
-@cache
-def worth(shape: Shape, dtype: str, work: tuple[int, ...]) -> bool:
-    """Whether this takes a shape, and is faster for so much work than kernels/attention.py."""
-    if dtype != "bf16" or shape.d not in (256, 512) or shape.rope % 8 or shape.rope > shape.d // 2:
-        return False
-    other = attention.estimate(shape, attention.rank(shape, work)[0], *work)
-    return estimate(shape, rank(shape, work)[0], *work) < other
+def least(shape: Shape, work: tuple[int, ...]) -> float:
+    """Microseconds, as estimated, of the best configuration for so much work."""
+    return estimate(shape, rank(shape, work)[0], *work)

@@ -182,21 +182,15 @@ def _(q, keys, window, sink, entries, index, scale, sink_on_window, cos=None, si
         return out
     tables = [None if x is None else of_tokens(x, B, T) for x in (cos, sin)]
     shape = Shape(d, h, index is not None, sink_on_window, 0 if cos is None else 2 * cos.shape[-1])
-    q, window = q.reshape(B * T, h, d).contiguous(), window.reshape(B * T, window.shape[-1]).contiguous()
-    index = None if index is None else index.reshape(B * T, index.shape[-1]).contiguous()
-    if capability(q.device) == (9, 0):
-        from dsv4_compile.kernels import attention_wide as wide
-
-        if wide.worth(shape, DTYPES[q.dtype], wide.work_of(q, window, index)):
-            launch = wide.launch
     launch(
         shape,
         DTYPES[q.dtype],
-        q,
+        capability(q.device) == (9, 0),
+        q.reshape(B * T, h, d).contiguous(),
         rows_in_order(keys),
-        window,
+        window.reshape(B * T, window.shape[-1]).contiguous(),
         None if entries is None else rows_in_order(entries),
-        index,
+        None if index is None else index.reshape(B * T, index.shape[-1]).contiguous(),
         sink.float().contiguous(),
         *tables,
         out.view(B * T, h, d),

@@ -38,6 +38,7 @@ def test_one_token_is_spread_over_the_gpu_and_many_tokens_are_not_split():
 
 @pytest.mark.parametrize("shape", [FLASH, PRO, kernel.Shape(256, 20, False, True, 0)], ids=["flash", "pro", "256"])
 def test_every_wide_configuration_fits(shape):
+    shape = wide.Shape(**vars(shape))
     found = list(wide.configs(shape))
     assert len(set(found)) == len(found) > 10
     for config in found:
@@ -45,10 +46,10 @@ def test_every_wide_configuration_fits(shape):
         assert config.heads % 16 == 0 and config.heads % config.splits == 0
 
 
-def test_products_of_a_warpgroup_are_for_many_tokens_of_wide_heads():
-    assert all(wide.worth(shape, "bf16", (64, rows)) for shape, rows in ((FLASH, 640), (PRO, 1280)))
-    assert not any(wide.worth(shape, "bf16", (64, 640)) for shape in (NANO, kernel.Shape(512, 64, True, False, 12)))
-    assert not wide.worth(FLASH, "fp32", (64, 640))
+def test_products_of_warpgroups_are_for_many_tokens_of_wide_heads():
+    assert all(kernel.wider(shape, (64, rows)) for shape, rows in ((FLASH, 640), (PRO, 1280)))
+    assert not any(kernel.wider(shape, (64, 640)) for shape in (NANO, kernel.Shape(512, 64, True, False, 12)))
+    assert not kernel.wider(FLASH, (1, 640))
 
 
 # On a GPU
@@ -184,7 +185,7 @@ def test_queries_heads_and_channels(B, T, h, d, dtype, check):
 @pytest.mark.parametrize(("h", "d"), [(64, 512), (128, 512), (70, 256)])
 def test_many_tokens(h, d, sink_on_window, check):
     shape = kernel.Shape(d, h, True, sink_on_window, 0)
-    assert wide.worth(shape, "bf16", (64, 512))
+    assert kernel.wider(shape, (64, 512))
     check(*case(B=11, T=6, h=h, d=d, W=128, K=300), sink_on_window)
 
 
@@ -318,7 +319,7 @@ def run(shape, config, *args):
     if isinstance(config, kernel.Config):
         kernel.run(shape, config, *args)
     else:
-        wide.KERNEL.launcher(shape, config)(*args)
+        wide.KERNEL.launcher(wide.Shape(**vars(shape)), config)(*args)
 
 
 @pytest.fixture
