@@ -188,7 +188,8 @@ class Attention:
         of_warp.everybody(self.splits)
         self.combine(split, chunk, group, token, sink, cos, sin, sums, marks, out, start, thread)
         if const_expr(self.splits > 1):
-            of_warp.everybody(self.splits)  # others may still be reading what lies here
+            cute.arch.cluster_arrive_relaxed()  # others may still be reading what lies here
+            cute.arch.cluster_wait()
 
     @cute.jit
     def pick(self, tile, last, rows, token, window, index, warp, lane):

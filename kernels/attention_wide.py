@@ -27,7 +27,7 @@ BRINGING = 128
 THREADS = MULTIPLYING + BRINGING
 REGISTERS = 40, 232  # of a thread that brings and of one that multiplies
 SHARED = 227 * 1024  # bytes of a block
-AMONG = 1  # named barrier of the threads that multiply
+AMONG, TURN = 1, 2  # named barriers of the threads that multiply: of all, and two by which warpgroups take turns
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,14 @@ class Shape:
 @dataclass(frozen=True)
 class Config:
     """heads: of a block, at most 64; products are made of 64. rows: of a tile, a multiple of 16. stages: tiles on their way.
-    splits: blocks of a cluster."""
+    splits: blocks of a cluster. ahead: tiles that rows are asked into the L2 cache ahead of their copies, or 0."""
 
     heads: int
     rows: int
     stages: int
     splits: int
+    ahead: int = 0
+    turns: bool = True
 
 
 def value_row(d: int) -> int:
@@ -79,6 +81,7 @@ class Attention:
     def __init__(self, shape: Shape, config: Config):
         self.d, self.h, self.rope, self.on_window = shape.d, shape.heads, shape.rope, shape.on_window
         self.H, self.R, self.stages, self.splits = config.heads, config.rows, config.stages, config.splits
+        self.ahead, self.turns = config.ahead, config.turns
         self.row_bytes = 2 * shape.d
         self.groups = -(-shape.heads // config.heads)
         self.at_the_end = words_at_the_end(shape, config)
@@ -170,7 +173,8 @@ class Attention:
             )
             if const_expr(self.splits > 1):
                 of_warp.everybody(self.splits)
-                of_warp.everybody(self.splits)
+                cute.arch.cluster_arrive_relaxed()
+                cute.arch.cluster_wait()
         else:
             cute.arch.setmaxregister_increase(REGISTERS[1])
             start = room.q.data_ptr().toint()
@@ -208,18 +212,30 @@ class Attention:
             cute.arch.cp_async_wait_group(0)
             cute.arch.fence_proxy("async.shared", space="cta")
             cute.arch.barrier(barrier_id=AMONG, number_of_threads=MULTIPLYING)
+            if const_expr(self.turns):  # the first team begins
+                if team == 1 and first < last:
+                    cute.arch.barrier_arrive(barrier_id=TURN, number_of_threads=MULTIPLYING)
             for tile in cutlass.range(first, last, unroll=1):
                 turn = tile - first
                 stage = turn % self.stages
                 cute.arch.mbarrier_wait(full + stage, (turn // self.stages) % 2)
                 cute.arch.fence_proxy("async.shared", space="cta")
+                if const_expr(self.turns):
+                    cute.arch.barrier(barrier_id=TURN + team, number_of_threads=MULTIPLYING)
                 multiply(of_scores, scores, from_q[None, None, None, 0], from_rows[None, None, None, stage], True)
+                if const_expr(self.turns):
+                    if team == 0 or tile + 1 < last:
+                        cute.arch.barrier_arrive(barrier_id=TURN + 1 - team, number_of_threads=MULTIPLYING)
+                warpgroup.wait_group(0)
                 shrink = self.weigh(
                     tile, stage, window.shape[1], scale, sinks, scores, weights, tops, totals, bias, lane
                 )
-                for v in cutlass.range_constexpr(cute.size(values)):
-                    values[v] = values[v] * shrink[(v // 2) % 2]
+                less = cute.arch.vote_any_sync(shrink[0] < Float32(1.0) or shrink[1] < Float32(1.0))
+                if less:  # rare after some tiles
+                    for v in cutlass.range_constexpr(cute.size(values)):
+                        values[v] = values[v] * shrink[(v // 2) % 2]
                 multiply(of_values, values, weights, from_turned[None, None, None, stage], False)
+                warpgroup.wait_group(0)
                 if lane == 0:
                     cute.arch.mbarrier_arrive(free + stage)
 
@@ -235,19 +251,24 @@ class Attention:
                 of_warp.everybody(self.splits)
                 places = start, room.marks.data_ptr().toint()
                 self.combine(split, group, token, sink, table, factors, out, places, thread)
-                of_warp.everybody(self.splits)  # others may still be reading what lies here
+                cute.arch.cluster_arrive_relaxed()  # others may still be reading what lies here
+                cute.arch.cluster_wait()
 
     @cute.jit
     def bring(self, first, last, rows, token, T, keys, window, entries, index, start, bias, full, free, warp, lane):
         """All tiles of this block, each when its place in the ring is free; a place without a row is filled with zeros, and
         its bias keeps it out. Each warp has every fourth row; its lanes look one tile ahead which."""
-        part, W, request = self.R // 4, window.shape[1], token // T
-        upcoming = self.pick(first, last, rows, token, window, index, warp, lane)
+        part, W, request, seen = self.R // 4, window.shape[1], token // T, max(1, self.ahead)
+        upcoming = cute.make_rmem_tensor((seen,), Int32)
+        for i in cutlass.range_constexpr(seen):
+            upcoming[i] = self.pick(first + i, last, rows, token, window, index, warp, lane)
         for tile in cutlass.range(first, last, unroll=1):
             turn = tile - first
             stage = turn % self.stages
-            picked = upcoming
-            upcoming = self.pick(tile + 1, last, rows, token, window, index, warp, lane)
+            picked = upcoming[0]
+            for i in cutlass.range_constexpr(1, seen):
+                upcoming[i - 1] = upcoming[i]
+            upcoming[seen - 1] = self.pick(tile + seen, last, rows, token, window, index, warp, lane)
             cute.arch.mbarrier_wait(free + stage, 1 - (turn // self.stages) % 2)
             if lane < part:
                 bias[stage * self.R + 4 * lane + warp] = Float32(0.0) if picked >= 0 else -Float32.inf
@@ -265,6 +286,24 @@ class Attention:
                     of_warp.copy_16(target + half * 4 * self.R * 128, from_, Int32(16) if row >= 0 else Int32(0))
             cute.arch.cp_async_mbarrier_arrive_noinc(full + stage)
             cute.arch.mbarrier_arrive(full + stage)
+            if const_expr(self.ahead > 0):
+                if turn == self.stages - 1:  # the ring is on its way: now what comes after it
+                    for i in cutlass.range_constexpr(seen - 1):
+                        self.ask(tile + 1 + i, upcoming[i], request, W, keys, entries, warp, lane)
+                if turn >= self.stages - 1:
+                    self.ask(tile + seen, upcoming[seen - 1], request, W, keys, entries, warp, lane)
+
+    @cute.jit
+    def ask(self, tile, row, request, W, keys, entries, warp, lane):
+        """Have this lane's row brought into the L2 cache."""
+        source = self.address(keys, request, row)
+        if const_expr(entries is not None):
+            if tile * self.R + 4 * lane + warp >= W:
+                source = self.address(entries, request, row)
+        if row >= 0:
+            cute.arch.inline_ptx(
+                "cp.async.bulk.prefetch.L2.global [{$r0}], {$r1};", read_only_args=[source, Int32(self.row_bytes)]
+            )
 
     @cute.jit
     def pick(self, tile, last, rows, token, window, index, warp, lane):
@@ -457,7 +496,7 @@ class Attention:
 
 @cute.jit
 def multiply(of: cute.TiledMma, sums: cute.Tensor, a: cute.Tensor, b: cute.Tensor, anew: cutlass.Constexpr):
-    """sums = A B, or sums += A B; waits for it."""
+    """Start sums = A B, or sums += A B."""
     warpgroup.fence()
     atom = cute.make_mma_atom(of.op)
     atom.set(warpgroup.Field.ACCUMULATE, not anew)
@@ -465,7 +504,6 @@ def multiply(of: cute.TiledMma, sums: cute.Tensor, a: cute.Tensor, b: cute.Tenso
         cute.gemm(atom, sums, a[None, None, k], b[None, None, k], sums)
         atom.set(warpgroup.Field.ACCUMULATE, True)
     warpgroup.commit_group()
-    warpgroup.wait_group(0)
 
 
 def store_one(address, word):
