@@ -20,6 +20,7 @@ from cutlass import BFloat16, Float32, Int32, Int64, const_expr
 from dsv4_compile.kernel import Kernel, alike, by_twos, fake, rounded, stream
 from dsv4_compile.kernels import attention_exact, attention_wide
 from dsv4_compile.kernels import warps as of_warp
+from dsv4_compile.kernels.attention_cost import PROCESSORS, usable
 
 LOG2E = math.log2(math.e)
 WARPS = 8
@@ -485,21 +486,18 @@ def configs(shape: Shape) -> Iterator[Config]:
                     yield config
 
 
-def estimate(shape: Shape, config: Config, tokens: int, rows: int, processors: int = 132) -> float:
+def estimate(shape: Shape, config: Config, tokens: int, rows: int) -> float:
     """Microseconds, fitted to timings on an H200: a start and an end, tiles, and as many rounds as the blocks need. Clusters
     leave some processors alone; two blocks of one processor slow each other down."""
     H, half, wide = config.heads, config.rows / 32, shape.d / 512
     tiles = config.parts * max(1, -(-rows // (config.rows * config.splits * config.chunks * config.parts)))
     rings = 0.1 * abs(config.stages - 3) if config.rows == 32 else 0.3 * (config.stages - 2)
-    each = 4.5 + 0.025 * H + rings + 0.1 * config.splits + 0.3 * (config.parts - 1)
+    each = 2.2 + 0.125 * H + rings + 0.03 * config.splits + 0.3 * (config.parts - 1)
     each += tiles * wide * (0.0325 * H - 0.1 + (0.63 + 0.011 * H) * half)
     blocks, here = tokens * -(-shape.heads // H) * config.splits * config.chunks, at_once(shape, config)
     again = 0 if config.chunks == 1 else 1.8 + 2e-6 * tokens * config.chunks * shape.heads * shape.d
-    usable = (
-        7 * (18 // config.splits) + 6 // config.splits
-    ) * config.splits  # clusters lie in seven parts and a third of one
-    crowded = 1 + 0.36 * (here - 1) * min(2, max(0, blocks / processors - 0.25))
-    return -(-blocks // (usable * here)) * each * crowded + again
+    crowded = 1 + 0.36 * (here - 1) * min(2, max(0, blocks / PROCESSORS - 0.25))
+    return -(-blocks // (usable(config.splits) * here)) * each * crowded + again
 
 
 def rank(shape: Shape, work: tuple[int, ...]) -> list[Config]:

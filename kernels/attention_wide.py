@@ -19,6 +19,7 @@ from cutlass.tensor_utils import LayoutEnum
 
 from dsv4_compile.kernel import Kernel, fake, stream
 from dsv4_compile.kernels import warps as of_warp
+from dsv4_compile.kernels.attention_cost import estimate
 
 LOG2E = math.log2(math.e)
 HEADS = 64  # of a product
@@ -44,14 +45,12 @@ class Shape:
 @dataclass(frozen=True)
 class Config:
     """heads: of a block, at most 64; products are made of 64. rows: of a tile, a multiple of 16. stages: tiles on their way.
-    splits: blocks of a cluster. ahead: tiles that rows are asked into the L2 cache ahead of their copies, or 0."""
+    splits: blocks of a cluster."""
 
     heads: int
     rows: int
     stages: int
     splits: int
-    ahead: int = 0
-    turns: bool = True
 
 
 def value_row(d: int) -> int:
@@ -81,10 +80,12 @@ class Attention:
     def __init__(self, shape: Shape, config: Config):
         self.d, self.h, self.rope, self.on_window = shape.d, shape.heads, shape.rope, shape.on_window
         self.H, self.R, self.stages, self.splits = config.heads, config.rows, config.stages, config.splits
-        self.ahead, self.turns = config.ahead, config.turns
         self.row_bytes = 2 * shape.d
         self.groups = -(-shape.heads // config.heads)
         self.at_the_end = words_at_the_end(shape, config)
+        self.share = -(-config.heads // config.splits)  # heads that a block of a cluster ends
+        self.all_whole = config.heads == HEADS and shape.heads % HEADS == 0
+        self.lanes = 1 << (config.splits - 1).bit_length()  # threads of a head there
         self.value_row = value_row(shape.d)
 
     @cute.jit
@@ -190,11 +191,15 @@ class Attention:
                         table[thread] = sin[of, thread - self.rope // 2]
             sinks = cute.make_rmem_tensor(
                 (2,), Float32
-            )  # of lane / 4 of this warp's 16 heads, and of the eighth after it
+            )  # of head lane / 4 of the warp's 16, and of the eighth after it
             for i in cutlass.range_constexpr(2):
                 sinks[i] = Float32(0.0)
                 if group * self.H + 16 * (warp % 4) + lane // 4 + 8 * i < self.h:
                     sinks[i] = sink[group * self.H + 16 * (warp % 4) + lane // 4 + 8 * i] * Float32(LOG2E)
+            own = Float32(0.0)  # the sink of the head that this thread ends
+            if const_expr(self.splits > 1):
+                head = group * self.H + split * self.share + thread // self.lanes
+                own = sink[cutlass.min(head, self.h - 1)] * Float32(LOG2E)
             s_q = room.q.get_tensor(of_q.outer, swizzle=of_q.inner)
             s_rows = room.rows.get_tensor(of_rows.outer, swizzle=of_rows.inner)  # [R, d, stages]
             turned = cute.make_tensor(s_rows.iterator, cute.select(s_rows.layout, mode=[1, 0, 2]))
@@ -212,20 +217,17 @@ class Attention:
             cute.arch.cp_async_wait_group(0)
             cute.arch.fence_proxy("async.shared", space="cta")
             cute.arch.barrier(barrier_id=AMONG, number_of_threads=MULTIPLYING)
-            if const_expr(self.turns):  # the first team begins
-                if team == 1 and first < last:
-                    cute.arch.barrier_arrive(barrier_id=TURN, number_of_threads=MULTIPLYING)
+            if team == 1 and first < last:  # the other begins
+                cute.arch.barrier_arrive(barrier_id=TURN, number_of_threads=MULTIPLYING)
             for tile in cutlass.range(first, last, unroll=1):
                 turn = tile - first
                 stage = turn % self.stages
                 cute.arch.mbarrier_wait(full + stage, (turn // self.stages) % 2)
                 cute.arch.fence_proxy("async.shared", space="cta")
-                if const_expr(self.turns):
-                    cute.arch.barrier(barrier_id=TURN + team, number_of_threads=MULTIPLYING)
+                cute.arch.barrier(barrier_id=TURN + team, number_of_threads=MULTIPLYING)
                 multiply(of_scores, scores, from_q[None, None, None, 0], from_rows[None, None, None, stage], True)
-                if const_expr(self.turns):
-                    if team == 0 or tile + 1 < last:
-                        cute.arch.barrier_arrive(barrier_id=TURN + 1 - team, number_of_threads=MULTIPLYING)
+                if team == 0 or tile + 1 < last:
+                    cute.arch.barrier_arrive(barrier_id=TURN + 1 - team, number_of_threads=MULTIPLYING)
                 warpgroup.wait_group(0)
                 shrink = self.weigh(
                     tile, stage, window.shape[1], scale, sinks, scores, weights, tops, totals, bias, lane
@@ -250,7 +252,7 @@ class Attention:
                 self.hand_out(values, tops, totals, marks, start, warp, team, lane)
                 of_warp.everybody(self.splits)
                 places = start, room.marks.data_ptr().toint()
-                self.combine(split, group, token, sink, table, factors, out, places, thread)
+                self.combine(split, group, token, own, table, factors, out, places, thread)
                 cute.arch.cluster_arrive_relaxed()  # others may still be reading what lies here
                 cute.arch.cluster_wait()
 
@@ -258,17 +260,13 @@ class Attention:
     def bring(self, first, last, rows, token, T, keys, window, entries, index, start, bias, full, free, warp, lane):
         """All tiles of this block, each when its place in the ring is free; a place without a row is filled with zeros, and
         its bias keeps it out. Each warp has every fourth row; its lanes look one tile ahead which."""
-        part, W, request, seen = self.R // 4, window.shape[1], token // T, max(1, self.ahead)
-        upcoming = cute.make_rmem_tensor((seen,), Int32)
-        for i in cutlass.range_constexpr(seen):
-            upcoming[i] = self.pick(first + i, last, rows, token, window, index, warp, lane)
+        part, W, request = self.R // 4, window.shape[1], token // T
+        upcoming = self.pick(first, last, rows, token, window, index, warp, lane)
         for tile in cutlass.range(first, last, unroll=1):
             turn = tile - first
             stage = turn % self.stages
-            picked = upcoming[0]
-            for i in cutlass.range_constexpr(1, seen):
-                upcoming[i - 1] = upcoming[i]
-            upcoming[seen - 1] = self.pick(tile + seen, last, rows, token, window, index, warp, lane)
+            picked = upcoming
+            upcoming = self.pick(tile + 1, last, rows, token, window, index, warp, lane)
             cute.arch.mbarrier_wait(free + stage, 1 - (turn // self.stages) % 2)
             if lane < part:
                 bias[stage * self.R + 4 * lane + warp] = Float32(0.0) if picked >= 0 else -Float32.inf
@@ -286,24 +284,6 @@ class Attention:
                     of_warp.copy_16(target + half * 4 * self.R * 128, from_, Int32(16) if row >= 0 else Int32(0))
             cute.arch.cp_async_mbarrier_arrive_noinc(full + stage)
             cute.arch.mbarrier_arrive(full + stage)
-            if const_expr(self.ahead > 0):
-                if turn == self.stages - 1:  # the ring is on its way: now what comes after it
-                    for i in cutlass.range_constexpr(seen - 1):
-                        self.ask(tile + 1 + i, upcoming[i], request, W, keys, entries, warp, lane)
-                if turn >= self.stages - 1:
-                    self.ask(tile + seen, upcoming[seen - 1], request, W, keys, entries, warp, lane)
-
-    @cute.jit
-    def ask(self, tile, row, request, W, keys, entries, warp, lane):
-        """Have this lane's row brought into the L2 cache."""
-        source = self.address(keys, request, row)
-        if const_expr(entries is not None):
-            if tile * self.R + 4 * lane + warp >= W:
-                source = self.address(entries, request, row)
-        if row >= 0:
-            cute.arch.inline_ptx(
-                "cp.async.bulk.prefetch.L2.global [{$r0}], {$r1};", read_only_args=[source, Int32(self.row_bytes)]
-            )
 
     @cute.jit
     def pick(self, tile, last, rows, token, window, index, warp, lane):
@@ -394,21 +374,21 @@ class Attention:
                     if team == 1:
                         a, b = self.turned(a, b, table, angle + lane % 4)
                 pair[0], pair[1] = a.to(BFloat16), b.to(BFloat16)
-                to = mine + (lane // 4 + 8 * h) * line + 16 * n + 4 * (lane % 4)
-                store_one(to, cute.recast_tensor(pair, Int32)[0])
+                at = mine + (lane // 4 + 8 * h) * line + 16 * n + 4 * (lane % 4)
+                store_one(at, cute.recast_tensor(pair, Int32)[0])
         cute.arch.sync_warp()
         pieces = wide // 8  # of 16 bytes
         for i in cutlass.range_constexpr(16 * pieces // 32):
             v = i * 32 + lane
             row, piece = v // pieces, v % pieces
             head = group * self.H + 16 * (warp % 4) + row
-            if 16 * (warp % 4) + row < self.H:
-                if head < self.h:
-                    words = cute.make_rmem_tensor((4,), Int32)
-                    for j, word in enumerate(of_warp.load_four(mine + row * line + piece * 16)):
-                        words[j] = word
-                    line_of = cute.zipped_divide(out[token, head, None], (8,))
-                    cute.autovec_copy(cute.recast_tensor(words, BFloat16), line_of[None, team * pieces + piece])
+            words = cute.make_rmem_tensor((4,), Int32)
+            for j, word in enumerate(of_warp.load_four(mine + row * line + piece * 16)):
+                words[j] = word
+            inside = True if self.all_whole else 16 * (warp % 4) + row < cutlass.min(self.H, self.h - group * self.H)
+            if inside:
+                to = cute.zipped_divide(out[token, head, None], (8,))
+                cute.autovec_copy(cute.recast_tensor(words, BFloat16), to[None, team * pieces + piece])
 
     @cute.jit
     def factor(self, top, largest, total, sink):
@@ -444,20 +424,23 @@ class Attention:
                         marks[HEADS + row] = totals[h]
 
     @cute.jit
-    def combine(self, split, group, token, sink, table, factors, out, places, thread):
-        """This block's part of the heads, from all blocks of the cluster."""
+    def combine(self, split, group, token, own, table, factors, out, places, thread):
+        """This block's part of the heads, from all blocks of the cluster. own: the sink of this thread's head."""
         (start, marks), d, splits = places, self.d, self.splits
-        share, lanes = -(-self.H // splits), 1 << (splits - 1).bit_length()
+        share, lanes = self.share, self.lanes
+        column, at_once = 4 * (thread % (d // 4)), 4 * MULTIPLYING // d  # rows
+        parts = []
+        for i in cutlass.range_constexpr(-(-share // at_once)):  # all on their way at once
+            row = cutlass.min(split * share + i * at_once + thread // (d // 4), self.H - 1)
+            at = start + 4 * (row * self.value_row + column)
+            parts.append([of_warp.load_words(of_warp.of_block(at, b), False) for b in range(splits)])
         if thread < -(-share * lanes // 32) * 32:  # whole warps: a lane has a block's part of a head
             row, block = split * share + thread // lanes, thread % lanes
-            head = group * self.H + row
-            top, total, own = -Float32.inf, Float32(0.0), Float32(0.0)
+            top, total = -Float32.inf, Float32(0.0)
             if block < splits:
                 if row < self.H:
                     top = of_warp.load_word(of_warp.of_block(marks + 4 * row, block), False)
                     total = of_warp.load_word(of_warp.of_block(marks + 4 * (HEADS + row), block), False)
-            if const_expr(not self.on_window):
-                own = sink[cutlass.min(head, self.h - 1)] * Float32(LOG2E)
             largest = cute.arch.warp_reduction_max(top, threads_in_group=lanes)
             if const_expr(not self.on_window):
                 largest = cute.arch.fmax(largest, own)
@@ -469,26 +452,22 @@ class Attention:
             if thread < share * lanes:
                 factors[thread] = shrink / below if below > Float32(0.0) else Float32(0.0)
         cute.arch.barrier(barrier_id=AMONG, number_of_threads=MULTIPLYING)
-        column = 4 * (thread % (d // 4))
-        at_once = 4 * MULTIPLYING // d  # rows
         for i in cutlass.range_constexpr(-(-share // at_once)):
             r = i * at_once + thread // (d // 4)
             row = split * share + r
             head = group * self.H + row
+            x = [Float32(0.0) for _ in range(4)]
+            for b in cutlass.range_constexpr(splits):
+                factor = factors[cutlass.min(r, share - 1) * lanes + b]
+                x = [old + factor * new for old, new in zip(x, parts[i][b], strict=True)]
+            if const_expr(self.rope > 0):
+                if column >= d - self.rope:
+                    angle = (column - (d - self.rope)) // 2
+                    x[0], x[1] = self.turned(x[0], x[1], table, angle)
+                    x[2], x[3] = self.turned(x[2], x[3], table, angle + 1)
             if r < share:
                 if row < cutlass.min(self.H, self.h - group * self.H):
-                    at = start + 4 * (row * self.value_row + column)
-                    parts = [of_warp.load_words(of_warp.of_block(at, b), False) for b in range(splits)]
-                    x = [Float32(0.0) for _ in range(4)]
-                    for b in cutlass.range_constexpr(splits):
-                        factor = factors[r * lanes + b]
-                        x = [old + factor * new for old, new in zip(x, parts[b], strict=True)]
                     narrow = cute.make_rmem_tensor((4,), BFloat16)
-                    if const_expr(self.rope > 0):
-                        if column >= d - self.rope:
-                            angle = (column - (d - self.rope)) // 2
-                            x[0], x[1] = self.turned(x[0], x[1], table, angle)
-                            x[2], x[3] = self.turned(x[2], x[3], table, angle + 1)
                     for j in cutlass.range_constexpr(4):
                         narrow[j] = x[j].to(BFloat16)
                     cute.autovec_copy(narrow, cute.zipped_divide(out[token, head, None], (4,))[None, column // 4])
@@ -535,17 +514,12 @@ def program(shape: Shape, config: Config):
 
 def configs(shape: Shape) -> Iterator[Config]:
     """All that fit; the first is what many tokens are fastest with."""
-    for splits in (1, 2, 4, 8):
+    for splits in (1, 2, 3, 4, 5, 6, 7, 8):
         for heads in (64, 32, 16):
-            for rows, stages in ((80, 2), (64, 2), (48, 3), (32, 4), (80, 1)):
+            for rows, stages in ((80, 2), (64, 2), (48, 3), (32, 4), (80, 1), (96, 1), (112, 1)):
                 config = Config(heads, rows, stages, splits)
                 if heads < 16 + shape.heads and fits(shape, config):
                     yield config
-
-
-def estimate(shape: Shape, config: Config, tokens: int, rows: int, processors: int = 132) -> float:
-    """Microseconds"""
-    return 0.0
 
 
 def rank(shape: Shape, work: tuple[int, ...]) -> list[Config]:
