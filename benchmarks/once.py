@@ -9,7 +9,7 @@ Fails if there is a kernel that no call reached, or a result that is not finite.
 import importlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
@@ -26,6 +26,7 @@ from dsv4_compile.warm import Wanted, build_all, on_gpu
 
 Sizes = dict[tuple[int, int], tuple[torch.dtype, ...]]  # numbers of requests and of their tokens, and the dtypes
 Call = tuple[str, Op, dict[str, Any]]
+WIDE: Sizes = {(33, 1): (torch.bfloat16,)}  # many tokens with many wide heads, for attention
 SIZES: Sizes = {(1, 1): (torch.bfloat16,), (3, 1): (torch.bfloat16, torch.float32), (1, 40): (torch.bfloat16,)}
 
 
@@ -40,10 +41,21 @@ def calls(config: DSV4Config, sizes: Sizes, device: torch.device) -> Iterator[Ca
                 yield f"{case.what}, {B}x{T}, {dtype}", case.op, cast
 
 
+def all_calls(device: torch.device) -> Iterator[Call]:
+    nano = DSV4Config.nano()
+    yield from calls(nano, SIZES, device)
+    wide = nano.replace(num_attention_heads=66, head_dim=256)
+    yield from (call for call in calls(wide, WIDE, device) if call[1].name == "attention")
+
+
 def launches(config: DSV4Config, sizes: Sizes) -> list[tuple[Kernel, Any, Any]]:
-    """The kernels that these calls launch, each with its shape and configuration; nothing is launched or allocated."""
+    """The kernels that calls of these sizes launch, each with its shape and configuration; nothing is launched or allocated."""
+    return launches_of(lambda device: calls(config, sizes, device))
+
+
+def launches_of(made: Callable[[torch.device], Iterator[Call]]) -> list[tuple[Kernel, Any, Any]]:
     with FakeTensorMode(), collecting() as found:
-        for _, op, given in calls(config, sizes, torch.device("cpu")):
+        for _, op, given in made(torch.device("cpu")):
             moved = {name: on_gpu(a) for name, a in given.items()}
             claimed, _ = op.claim(moved)
             if claimed is not None and claimed.device == "cuda":
@@ -72,12 +84,11 @@ def build(needed: list[tuple[Kernel, Any, Any]]) -> list[str]:
 
 def main() -> int:
     torch.manual_seed(0)
-    config = DSV4Config.nano()
-    needed = launches(config, SIZES)
+    needed = launches_of(all_calls)
     reached, failed = {kernel.name for kernel, _, _ in needed}, build(needed)
     missed = all_kernels() - reached
     bad, many = [], 0
-    for name, op, given in calls(config, SIZES, torch.device("cuda")):
+    for name, op, given in all_calls(torch.device("cuda")):
         claimed, _ = op.claim(given)
         if claimed is not None:
             out, many = op.target(*given.values()), many + 1

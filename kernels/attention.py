@@ -11,14 +11,16 @@ Several clusters may share long lists. Then each writes its sums, and a second l
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, const_expr
 
 from dsv4_compile.kernel import Kernel, alike, by_twos, fake, rounded, stream
-from dsv4_compile.kernels import attention_exact
+from dsv4_compile.kernels import attention_exact, attention_wide
 from dsv4_compile.kernels import warps as of_warp
+from dsv4_compile.kernels.attention_cost import PROCESSORS, usable
 
 LOG2E = math.log2(math.e)
 WARPS = 8
@@ -199,7 +201,8 @@ class Attention:
         of_warp.everybody(self.splits)
         self.combine(split, chunk, group, token, sink, cos, sin, sums, marks, out, start, thread)
         if const_expr(self.splits > 1):
-            of_warp.everybody(self.splits)  # others may still be reading what lies here
+            cute.arch.cluster_arrive_relaxed()  # others may still be reading what lies here
+            cute.arch.cluster_wait()
 
     @cute.jit
     def pick(self, tile, last, rows, token, window, index, warp, lane):
@@ -359,12 +362,12 @@ class Attention:
     @cute.jit
     def combine(self, split, chunk, group, token, sink, cos, sin, sums, marks, out, start, thread):
         """This block's part of the heads, from all blocks of the cluster: the result, or this cluster's part of it."""
-        plan, d, share = self.plan, self.d, self.H // self.splits
+        plan, d, share = self.plan, self.d, -(-self.H // self.splits)
         for i in cutlass.range_constexpr(-(-share * d // (4 * THREADS))):
             v = i * THREADS + thread
             row, column = split * share + v // (d // 4), 4 * (v % (d // 4))
             head = group * self.H + row
-            if v < share * d // 4 and head < self.h:
+            if v < share * d // 4 and head < self.h and row < self.H:
                 blocks = [of_warp.of_block(start, b) if self.splits > 1 else start for b in range(self.splits)]
                 local = const_expr(self.splits == 1)
                 rows = [(b, p * self.H + row) for b in blocks for p in range(self.parts)]
@@ -475,7 +478,7 @@ def program(shape: Shape, config: Config):
 
 def configs(shape: Shape) -> Iterator[Config]:
     """All that fit; the first is what one token is fastest with."""
-    for splits, chunks in ((8, 1), (4, 1), (2, 1), (1, 1), (8, 2), (8, 4), (8, 8)):
+    for splits, chunks in (*((s, 1) for s in (8, 7, 6, 5, 4, 2, 1)), (8, 2), (8, 4), (8, 8)):
         for heads in (16, 32, 64):
             for rows, stages in ((32, 3), (32, 4), (64, 2), (32, 2), (64, 3)):
                 config = Config(heads, rows, stages, splits, chunks)
@@ -483,19 +486,18 @@ def configs(shape: Shape) -> Iterator[Config]:
                     yield config
 
 
-def estimate(shape: Shape, config: Config, tokens: int, rows: int, processors: int = 132) -> float:
+def estimate(shape: Shape, config: Config, tokens: int, rows: int) -> float:
     """Microseconds, fitted to timings on an H200: a start and an end, tiles, and as many rounds as the blocks need. Clusters
     leave some processors alone; two blocks of one processor slow each other down."""
     H, half, wide = config.heads, config.rows / 32, shape.d / 512
     tiles = config.parts * max(1, -(-rows // (config.rows * config.splits * config.chunks * config.parts)))
     rings = 0.1 * abs(config.stages - 3) if config.rows == 32 else 0.3 * (config.stages - 2)
-    each = 4.5 + 0.025 * H + rings + 0.1 * config.splits + 0.3 * (config.parts - 1)
+    each = 2.2 + 0.125 * H + rings + 0.03 * config.splits + 0.3 * (config.parts - 1)
     each += tiles * wide * (0.0325 * H - 0.1 + (0.63 + 0.011 * H) * half)
     blocks, here = tokens * -(-shape.heads // H) * config.splits * config.chunks, at_once(shape, config)
     again = 0 if config.chunks == 1 else 1.8 + 2e-6 * tokens * config.chunks * shape.heads * shape.d
-    usable = processors if config.splits < 4 else processors * 7 // 8 // config.splits * config.splits
-    crowded = 1 + 0.36 * (here - 1) * min(2, max(0, blocks / processors - 0.25))
-    return -(-blocks // (usable * here)) * each * crowded + again
+    crowded = 1 + 0.36 * (here - 1) * min(2, max(0, blocks / PROCESSORS - 0.25))
+    return -(-blocks // (usable(config.splits) * here)) * each * crowded + again
 
 
 def rank(shape: Shape, work: tuple[int, ...]) -> list[Config]:
@@ -518,15 +520,29 @@ def rank(shape: Shape, work: tuple[int, ...]) -> list[Config]:
 KERNEL = Kernel("attention", __file__, program, configs, rank)
 
 
-def launch(shape: Shape, dtype: str, *arguments) -> None:
-    """See `program`, without sums and marks. What the tensor cores do not take runs exactly."""
+@cache
+def wider(shape: Shape, work: tuple[int, ...]) -> bool:
+    """Whether products of warpgroups are faster for so much work."""
+    wide = attention_wide.Shape(**asdict(shape))
+    if not attention_wide.takes(wide):
+        return False
+    return attention_wide.least(wide, work) < estimate(shape, rank(shape, work)[0], *work)
+
+
+def launch(shape: Shape, dtype: str, warpgroups: bool, *arguments) -> None:
+    """See `program`, without sums and marks. What the tensor cores do not take runs exactly. warpgroups: whether the GPU has
+    their products, as Hopper."""
     if dtype != "bf16" or shape.d % 64 or shape.d > 512 or shape.rope % 4:
         exact = attention_exact.Shape(**asdict(shape), dtype=dtype)
         attention_exact.KERNEL.launcher(exact)(*arguments)
         return
     q, _, window, _, index, *_ = arguments
     rows = window.shape[1] + (0 if index is None else index.shape[1])
-    run(shape, KERNEL.choice(shape, (by_twos(q.shape[0]), rounded(rows))), *arguments)
+    work = by_twos(q.shape[0]), rounded(rows)
+    if warpgroups and not alike() and wider(shape, work):
+        attention_wide.KERNEL.launcher(attention_wide.Shape(**asdict(shape)), None, work)(*arguments)
+        return
+    run(shape, KERNEL.choice(shape, work), *arguments)
 
 
 def run(shape: Shape, config: Config, q, keys, window, entries, index, sink, cos, sin, *rest) -> None:

@@ -4,7 +4,7 @@ import torch
 
 from dsv4_compile.lowerings.norm import DTYPES
 from dsv4_compile.lowerings.rope import rope
-from dsv4_compile.op import Cost, Tensor, acc, at_least, known, op
+from dsv4_compile.op import Cost, Tensor, acc, at_least, capability, known, op
 
 
 @op("dsv4::attention")
@@ -185,6 +185,7 @@ def _(q, keys, window, sink, entries, index, scale, sink_on_window, cos=None, si
     launch(
         shape,
         DTYPES[q.dtype],
+        capability(q.device) == (9, 0),
         q.reshape(B * T, h, d).contiguous(),
         rows_in_order(keys),
         window.reshape(B * T, window.shape[-1]).contiguous(),

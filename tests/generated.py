@@ -437,6 +437,8 @@ ATTENTION = (
     (6, 64, fp32, True, True, 0),
     (64, 512, fp32, True, False, 64),
     (3, 1000, fp32, False, False, 10),
+    (70, 256, bf16, True, True, 16),
+    (64, 512, bf16, True, True, 64),
 )
 SCALED = ((128, 4, 64, True, e4m3), (20, 3, 6, True, e4m3), (64, 128, 16, False, e4m3), (128, 1, 128, False, e4m3))
 INDEXER = (

@@ -9,6 +9,7 @@ if find_spec("cutlass") is None:
     pytest.skip("GPU kernels need CuTeDSL, which has wheels for Linux only", allow_module_level=True)
 
 from dsv4_compile.kernels import attention as kernel
+from dsv4_compile.kernels import attention_wide as wide
 from dsv4_compile.lowerings.attention import attention
 
 FLASH, PRO, NANO = (
@@ -31,8 +32,24 @@ def test_every_configuration_fits_and_covers_all_heads(shape):
 
 def test_one_token_is_spread_over_the_gpu_and_many_tokens_are_not_split():
     one, many = (kernel.rank(FLASH, (tokens, 640))[0] for tokens in (1, 4096))
-    assert one.splits == 8 and one.heads == 16
+    assert one.splits > 4 and one.heads == 16
     assert many.splits == 1
+
+
+@pytest.mark.parametrize("shape", [FLASH, PRO, kernel.Shape(256, 20, False, True, 0)], ids=["flash", "pro", "256"])
+def test_every_wide_configuration_fits(shape):
+    shape = wide.Shape(**vars(shape))
+    found = list(wide.configs(shape))
+    assert len(set(found)) == len(found) > 10
+    for config in found:
+        assert wide.used(shape, config) <= 227 * 1024 and config.rows % 16 == 0
+        assert config.heads % 16 == 0 and config.heads % config.splits == 0
+
+
+def test_products_of_warpgroups_are_for_many_tokens_of_wide_heads():
+    assert all(kernel.wider(shape, (64, rows)) for shape, rows in ((FLASH, 640), (PRO, 1280)))
+    assert not any(kernel.wider(shape, (64, 640)) for shape in (NANO, kernel.Shape(512, 64, True, False, 12)))
+    assert not kernel.wider(FLASH, (1, 640))
 
 
 # On a GPU
@@ -164,6 +181,15 @@ def test_queries_heads_and_channels(B, T, h, d, dtype, check):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("sink_on_window", [False, True])
+@pytest.mark.parametrize(("h", "d"), [(64, 512), (128, 512), (70, 256)])
+def test_many_tokens(h, d, sink_on_window, check):
+    shape = kernel.Shape(d, h, True, sink_on_window, 0)
+    assert kernel.wider(shape, (64, 512))
+    check(*case(B=11, T=6, h=h, d=d, W=128, K=300), sink_on_window)
+
+
+@pytest.mark.gpu
 def test_without_a_second_list_the_sink_in_either_place(check):
     for sink_on_window in (False, True):
         check(*case(B=1, T=1, h=64, d=512, W=128, K=None), sink_on_window)
@@ -272,45 +298,90 @@ def test_the_result_is_turned_back(of_table, d, dtype, poisoned):
 
 
 CONFIGS = [
-    kernel.Config(*c)
-    for c in (
-        (16, 32, 2, 1),
-        (16, 64, 2, 4),
-        (32, 32, 3, 2),
-        (32, 64, 2, 8),
-        (64, 32, 4, 1),
-        (64, 64, 2, 2),
-        (16, 32, 2, 8, 4),
-        (32, 64, 2, 8, 2),
-    )
+    *(
+        kernel.Config(*c)
+        for c in (
+            (16, 32, 2, 1),
+            (16, 64, 2, 4),
+            (32, 32, 3, 2),
+            (32, 64, 2, 8),
+            (64, 32, 4, 1),
+            (64, 64, 2, 2),
+            (16, 32, 2, 8, 4),
+            (32, 64, 2, 8, 2),
+        )
+    ),
+    *(wide.Config(*c) for c in ((64, 80, 2, 1), (64, 64, 2, 2), (32, 48, 3, 4), (32, 80, 1, 8), (16, 32, 4, 1))),
 ]
+
+
+def run(shape, config, *args):
+    if isinstance(config, kernel.Config):
+        kernel.run(shape, config, *args)
+    else:
+        wide.KERNEL.launcher(wide.Shape(**vars(shape)), config)(*args)
+
+
+@pytest.fixture
+def guarded():
+    """guarded(config, arguments, turned, [on_window]): launched three times with guards around the result, the rows of
+    which the caller turns back, if at all; against the formula, no worse than plain bf16."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+    def launched(config, args, turned, on_window=False):
+        q, keys, window, sink, entries, index, scale = on_gpu(args)
+        (B, T, h, d), dr = q.shape, 64 if turned else 0
+        shape = kernel.Shape(d, h, index is not None, on_window, dr)
+        angle = torch.rand(B * T, dr // 2, device="cuda") * 6 if turned else None
+        cos, sin = (angle.cos(), angle.sin()) if turned else (None, None)
+        want, eager = (
+            f(q, keys, window, sink, entries, index, scale, on_window).double().view(B * T, h, d)
+            for f in (formula, plain)
+        )
+        for x in (want, eager) if turned else ():
+            a, b, c, s = (
+                x[..., -dr::2].clone(),
+                x[..., 1 - dr :: 2].clone(),
+                *(t.double().unsqueeze(1) for t in (cos, sin)),
+            )
+            x[..., -dr::2], x[..., 1 - dr :: 2] = a * c + b * s, b * c - a * s
+        room = torch.empty(B * T + 2, h, d, dtype=torch.bfloat16, device="cuda")
+        flat = [None if x is None else x.flatten(0, 1) for x in (q, window, index)]
+        results = []
+        for _ in range(3):
+            room.fill_(float("nan"))
+            run(shape, config, flat[0], keys, flat[1], entries, flat[2], sink, cos, sin, room[1:-1], scale, T)
+            assert room[0].isnan().all() and room[-1].isnan().all()
+            results.append(room[1:-1].clone())
+        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+        torch.testing.assert_close(results[0].double(), want, rtol=2e-2, atol=1e-2)
+        assert error(results[0], want) <= 1.05 * error(eager, want) + 1e-9
+
+    return launched
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_every_kind_of_configuration_with_guards_around_the_result(config, turned):
+def test_every_kind_of_configuration_with_guards_around_the_result(config, turned, guarded):
     """Launched as it is; with the inverse rotation behind it."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    B, T, h, d, dr = 2, 2, 70, 512, 64
-    shape = kernel.Shape(d, h, True, False, dr if turned else 0)
-    q, keys, window, sink, entries, index, scale = on_gpu(case(B=B, T=T, h=h, d=d, W=50, K=300))
-    angle = torch.rand(B * T, dr // 2, device="cuda") * 6
-    want = formula(q, keys, window, sink, entries, index, scale, False).view(B * T, h, d)
-    cos, sin = (angle.cos(), angle.sin()) if turned else (None, None)
-    if turned:
-        a, b, c, s = (
-            want[..., -dr::2].clone(),
-            want[..., 1 - dr :: 2].clone(),
-            *(x.double().unsqueeze(1) for x in (cos, sin)),
-        )
-        want[..., -dr::2], want[..., 1 - dr :: 2] = a * c + b * s, b * c - a * s
-    room = torch.full((B * T + 2, h, d), float("nan"), dtype=torch.bfloat16, device="cuda")
-    flat = [x.flatten(0, 1) for x in (q, window, index)]
-    kernel.run(shape, config, flat[0], keys, flat[1], entries, flat[2], sink, cos, sin, room[1:-1], scale, T)
-    assert room[0].isnan().all() and room[-1].isnan().all()
-    torch.testing.assert_close(room[1:-1].double(), want, rtol=2e-2, atol=1e-2)
+    guarded(config, case(B=2, T=2, h=70, d=512, W=50, K=300), turned)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("on_window", [False, True])
+@pytest.mark.parametrize("config", [c for c in CONFIGS if isinstance(c, wide.Config)], ids=str)
+def test_lengths_of_wide_tiles(config, on_window, guarded):
+    """One row, a tile but one, a tile, one more, several tiles; all absent; one row named often."""
+    tile = config.rows
+    for W, K in ((1, 0), (0, 1), (tile - 1, 0), (tile - 9, 9), (40, tile - 39), (128, 512), (5, None)):
+        args = case(h=64, d=512, W=W, K=K, none=0.0 if W + (K or 0) < 2 else 0.2)
+        if K and K > 50:
+            args[5][:, :, ::2] = 7
+        guarded(config, args, False, on_window)
+    if not on_window:
+        guarded(config, case(h=64, d=512, none=1.0), False)
 
 
 @pytest.mark.gpu
