@@ -152,9 +152,8 @@ def pack_kv(x: Tensor, rope: int) -> Tensor:
 def unpack_kv(rows: Tensor, width: int, rope: int) -> Tensor:
     """The opposite of `pack_kv`, fp32; bf16 would suffice."""
     blocks, block, _ = kv_layout(width, rope)
-    codes, turned, exponent, _ = rows.split(
-        [width - rope, 2 * rope, blocks, rows.shape[-1] - width - rope - blocks], -1
-    )
+    codes, turned = rows[..., : width - rope], rows[..., width - rope : width + rope]
+    exponent = rows[..., width + rope :][..., :blocks]
     scale = (exponent.int() << 23).view(torch.float32).unsqueeze(-1)
     plain = codes.view(torch.float8_e4m3fn).unflatten(-1, (blocks, block)).float() * scale
     return torch.cat([plain.flatten(-2), turned.view(torch.bfloat16).float()], -1)
