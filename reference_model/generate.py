@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .model import DSV4
 from .sample import draw, sample
-from .state import State, still
+from .state import Dtype, State, still
 
 
 @torch.no_grad()
@@ -29,8 +29,8 @@ def generate(
     forward: Callable[..., Tensor] | None = None,
     stop: int | None = None,
     seed: int = 0,
-    index_dtype: torch.dtype | None = None,
-    kv_dtype: torch.dtype | None = None,
+    index_dtype: Dtype = None,
+    kv_dtype: Dtype = None,
     **sampling: float,
 ) -> Iterator[Tensor]:
     """Yield the next tokens [B] int64, one step at a time, after `prompt` [B, T] int64.

@@ -35,7 +35,7 @@ from .layers import (
 from .quant import dequantize_rows, quantize_rows, stored_as, unpack_kv
 from .repeated import Repeated, region
 from .schedule import CSA, HCA, SWA, rotation
-from .state import Chunk, CompressorState, LayerState, Selection, State, Windows
+from .state import Chunk, CompressorState, Dtype, LayerState, Selection, State, Windows
 
 
 class HyperConnection(Exact):
@@ -569,12 +569,12 @@ class DSV4(nn.Module):
         chunk = Chunk(T, start, lengths, None if state is None else state.draft)
         return Step(self.config, self.tables, chunk, None if state is None else state.max_len)
 
-    def new_state(self, batch: int, max_len: int, draft: int = 0, **dtypes: torch.dtype | None) -> State:
-        """Empty generation state for `batch` sequences of up to `max_len` tokens, on the model's device; `draft` > 0 leaves room
-        to rewind that many. Keys are of its compute dtype; index_dtype=torch.float8_e4m3fn: those of the indexer in half the
-        bytes, and 2.7 % off; kv_dtype=torch.float8_e4m3fn: those of attention as `pack_kv` has them, 592 bytes for 1,024."""
+    def new_state(
+        self, batch: int, max_len: int, draft: int = 0, index_dtype: Dtype = None, kv_dtype: Dtype = None
+    ) -> State:
+        """Empty generation state (`State.empty`) on the model's device, by default of its compute dtype."""
         weight = self.embed.weight
-        return State.empty(self.config, batch, max_len, draft, weight.device, weight.dtype, **dtypes)
+        return State.empty(self.config, batch, max_len, draft, weight.device, weight.dtype, index_dtype, kv_dtype)
 
     def check(self, tokens: Tensor, state: State | None, last: int | None, lengths: Tensor | None, mtp: bool) -> None:
         """Reject what would give nonsense later; shapes and dtypes only, never values."""

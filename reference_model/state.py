@@ -18,6 +18,8 @@ from .layers import put, take
 from .quant import kv_layout
 from .schedule import CSA, SWA
 
+Dtype = torch.dtype | None
+
 
 def still(x: Tensor) -> Tensor:
     """Tells torch.compile that this tensor lies where it is for good, so that CUDA graphs read and write it in place."""
@@ -109,12 +111,14 @@ class State:
         draft: int,
         device,
         dtype: torch.dtype,
-        index_dtype: torch.dtype | None = None,
-        kv_dtype: torch.dtype | None = None,
+        index_dtype: Dtype = None,
+        kv_dtype: Dtype = None,
     ) -> "State":
-        """The state before the first token, for up to `max_len` tokens a row; kv in `dtype`, the indexer's keys in
-        `index_dtype` if given: e4m3, with a scale for each (`quantize_rows`); kv and entries in `kv_dtype` if given: e4m3
-        and bf16 in rows of bytes (`pack_kv`)."""
+        """The state before the first token, for `batch` sequences of up to `max_len` tokens; `draft` > 0 leaves room to rewind
+        that many. Keys are of `dtype`, but two kinds may be stored in less, by torch.float8_e4m3fn: those of the indexer
+        (`index_dtype`), each with a scale (`quantize_rows`): half the bytes, which decode at long context is bound by, for
+        scores of keys that are 2.7 % off; and those of attention (`kv_dtype`), window and entries: rows of bytes
+        (`pack_kv`), 592 for 1,024."""
         if batch < 1 or max_len < 1 or draft < 0:
             raise ValueError(f"a state needs batch >= 1, max_len >= 1, draft >= 0; got {batch=}, {max_len=}, {draft=}")
         if max_len > config.max_position_embeddings:
