@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from dsv4_compile.lowerings.kv import rows_for
+from dsv4_compile.lowerings.kv import in_whole_blocks, is_packed, rows_for
 from dsv4_compile.lowerings.norm import DTYPES, norm_into
 from dsv4_compile.lowerings.rope import fits_with_rope, norm_rope
 from dsv4_compile.op import Cost, Tensor, left_to_inductor, op
@@ -70,8 +70,10 @@ def _(ring, slot, x, weight, eps, cos, sin):
 
 
 def fits_with_cache(a) -> bool | str:
-    if a.ring.dtype not in DTYPES or a.slot.dtype != torch.int64:
-        return "the cache must be bfloat16 or float32, slots int64"
+    if a.slot.dtype != torch.int64 or not (a.ring.dtype in DTYPES or is_packed(a.ring)):
+        return "the cache must be bfloat16, float32 or rows in bytes, slots int64"
+    if is_packed(a.ring) and (verdict := in_whole_blocks(a.x.shape[-1], 2 * a.cos.shape[-1])) is not True:
+        return verdict
     return fits_with_rope(a)
 
 

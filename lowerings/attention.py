@@ -168,12 +168,25 @@ LARGEST = 1024  # channels
 
 
 def fits_the_kernel(a) -> bool | str:
-    """What kernels/attention.py is written for."""
+    """What kernels/attention.py is written for, and kernels/attention_stored.py for rows in bytes."""
+    if a.stored:
+        return fits_in_bytes(a)
     if a.q.dtype not in DTYPES or any(x is not None and x.dtype != a.q.dtype for x in (a.keys, a.entries)):
         return "queries, keys and entries must be of one dtype, bfloat16 or float32"
     d, h = a.q.shape[-1], a.q.shape[2]
     if not isinstance(d, int) or not isinstance(h, int) or d > LARGEST:
         return f"heads of {d} channels: {LARGEST} at most"
+    if any(i is not None and i.dtype != torch.int64 for i in (a.window, a.index)):
+        return "lists must be int64"
+    return same_batch(a)
+
+
+def fits_in_bytes(a) -> bool | str:
+    if a.q.dtype != torch.bfloat16 or any(x is not None and x.dtype != torch.uint8 for x in (a.keys, a.entries)):
+        return "keys and entries in bytes are read by queries in bfloat16"
+    d, h = a.q.shape[-1], a.q.shape[2]
+    if d not in (256, 512) or a.stored != 64 or not isinstance(h, int) or (a.cos is not None and rotary(a) % 4):
+        return f"rows in bytes of {d} channels, {a.stored} of them rotary: 256 or 512, and 64, are needed"
     if any(i is not None and i.dtype != torch.int64 for i in (a.window, a.index)):
         return "lists must be int64"
     return same_batch(a)
@@ -191,7 +204,7 @@ def _(q, keys, window, sink, entries, index, scale, sink_on_window, cos=None, si
     shape = Shape(d, h, index is not None, sink_on_window, 0 if cos is None else 2 * cos.shape[-1])
     launch(
         shape,
-        DTYPES[q.dtype],
+        "bytes" if stored else DTYPES[q.dtype],
         q.reshape(B * T, h, d).contiguous(),
         rows_in_order(keys),
         window.reshape(B * T, window.shape[-1]).contiguous(),

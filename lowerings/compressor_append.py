@@ -6,7 +6,7 @@ import torch
 
 from dsv4_compile.lowerings.append import append
 from dsv4_compile.lowerings.compressor import DTYPES, compressor, fits_the_kernel
-from dsv4_compile.lowerings.kv import rows_for
+from dsv4_compile.lowerings.kv import in_whole_blocks, is_packed, rows_for
 from dsv4_compile.op import Cost, Tensor, known, op
 
 # Nobody runs this on the CPU: its parts are asked instead. What it saves is launches.
@@ -131,7 +131,7 @@ def shape_of(a):
     """Of its kernel."""
     from dsv4_compile.kernels.compressor_append import Shape
 
-    entries = "fp8" if is_scaled(a) else DTYPES[a.entries.dtype]
+    entries = "fp8" if is_scaled(a) else "bytes" if is_packed(a.entries) else DTYPES[a.entries.dtype]
     return Shape(len(a.weight), a.index.shape[-1], 2 * a.cos.shape[-1], a.overlap, DTYPES[a.weight.dtype], entries)
 
 
@@ -152,8 +152,11 @@ def fits_one_token(a) -> bool | str:
             return (
                 f"entries of {d} channels, {a.entries.dtype} and {a.scales.dtype}: at most {MOST} of e4m3 with float32"
             )
+    elif is_packed(a.entries):
+        if (verdict := in_whole_blocks(a.weight.shape[0], 2 * a.cos.shape[-1])) is not True:
+            return verdict
     elif a.entries.dtype not in DTYPES:
-        return "entries must be bfloat16 or float32"
+        return "entries must be bfloat16, float32 or rows in bytes"
     if not (known(a.c.shape[1] == 1) and known(a.index.shape[1] == 1)):
         return "more than one token, or more windows"  # a block would read rows that others write
     return fits_the_kernel(a)

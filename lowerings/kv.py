@@ -76,6 +76,12 @@ def is_packed(rows: Tensor | None) -> bool:
     return rows is not None and rows.dtype == torch.uint8
 
 
+def in_whole_blocks(width: int, rope: int) -> bool | str:
+    """What kernels write."""
+    whole = width % 8 == 0 and rope % 8 == 0 and width > rope > 0 and (width - rope) % BLOCK == 0
+    return whole or f"rows in bytes of {width} channels, {rope} of them rotary: whole blocks of {BLOCK} are needed"
+
+
 def rows_for(cache: Tensor, x: Tensor, rope: int) -> Tensor:
     """x as rows of this cache: in bytes or in its dtype."""
     return pack_kv.meaning(x, rope) if is_packed(cache) else x.to(cache.dtype)

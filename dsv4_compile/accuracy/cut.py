@@ -129,8 +129,9 @@ def evaluate(
         target: Any = node.target
         given: Any = (node.args, node.kwargs)
         if target is aten.view.dtype:  # of the bits that the graph says
-            x, said = env[node.args[0]], value(node.args[0]).dtype
-            args, kwargs = (x.to(said) if x.dtype in PLAIN else x, node.args[1]), {}
+            source: Any = node.args[0]
+            x = env[source]
+            args, kwargs = (x.to(value(source).dtype) if x.dtype in PLAIN else x, node.args[1]), {}
         else:
             args, kwargs = fx.node.map_aggregate(given, read)
         if target in ops:
