@@ -227,7 +227,7 @@ def test_whole_steps_of_decoding():
     config = DSV4Config.tiny().replace(
         num_hidden_layers=3, layer_types=kinds, mlp_layer_types=("moe",) * 3, num_nextn_predict_layers=0
     )
-    config = config.replace(head_dim=256, qk_rope_head_dim=64, index_head_dim=128, sliding_window=20)
+    config = config.replace(head_dim=512, qk_rope_head_dim=64, index_head_dim=128, sliding_window=20)
     model = DSV4(config).cuda().bfloat16().eval().requires_grad_(False)
     tokens, reports = torch.randint(0, config.vocab_size, (2, 60), device="cuda"), []
     mine, theirs = (model.new_state(2, 96, index_dtype=E4M3, kv_dtype=E4M3) for _ in "ab")
