@@ -15,7 +15,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8, const_expr
 
-from dsv4_compile.kernel import Kernel, fake, of_tokens, rounded
+from dsv4_compile.kernel import Kernel, by_twos, fake, rounded
 from dsv4_compile.kernels import attention
 from dsv4_compile.kernels import warps as of_warp
 from dsv4_compile.kernels.attention import THREADS, WARPS, Attention, Config
@@ -36,7 +36,7 @@ class Shape(attention.Shape):
         return -(-(self.d + BLOCK + self.d // BLOCK - 1) // 16) * 16
 
     def has_registers(self, config: Config) -> bool:
-        return config.heads == 16 and config.rows == 32
+        return config.heads == 16 and config.rows == 32 and config.parts == 1
 
 
 class Stored(Attention):
@@ -221,12 +221,12 @@ class Stored(Attention):
                 factors[e] = Int32(ONES)
 
     @cute.jit
-    def keep(self, values, start, warp, lane):
-        """This warp's sums into shared memory: of codes, four channels of a thread beside each other."""
+    def keep(self, values, part, start, warp, lane):
+        """This warp's sums of a part into shared memory: of codes, four channels of a thread beside each other."""
         plan, tiles = self.plan, self.d // 64
         for m in cutlass.range_constexpr(self.H // 16):
             for i in cutlass.range_constexpr(2):
-                row = m * 16 + lane // 4 + 8 * i
+                row = part * self.H + m * 16 + lane // 4 + 8 * i
                 line = start + 4 * (plan.values + row * plan.value_row + warp * self.columns)
                 if warp * self.columns < self.plain:
                     for c in cutlass.range_constexpr(tiles // 2):
@@ -257,7 +257,7 @@ def configs(shape: Shape) -> Iterator[Config]:
 
 def rank(shape: Shape, work: tuple[int, ...]) -> list[Config]:
     """All configurations, best first for so many tokens, each with so many rows."""
-    return sorted(configs(shape), key=lambda config: attention.estimate(shape, config, *work))
+    return attention.ranked(shape, work, list(configs(shape)))
 
 
 KERNEL = Kernel("attention_stored", __file__, program, configs, rank)
@@ -268,5 +268,5 @@ def launch(shape: attention.Shape, *arguments) -> None:
     q, _, window, _, index, *_ = arguments
     rows = window.shape[1] + (0 if index is None else index.shape[1])
     stored = Shape(shape.d, shape.heads, shape.entries, shape.on_window, shape.rope)
-    config = KERNEL.choice(stored, (of_tokens(q.shape[0]), rounded(rows)))
+    config = KERNEL.choice(stored, (by_twos(q.shape[0]), rounded(rows)))
     attention.run(stored, config, *arguments, kernel=KERNEL)
