@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from . import tuning
-from .lowerings import contract_of
-from .lowerings.numerics import Contract, InBytes
+from .lowerings import Contract, InBytes, contract_of
 from .op import Implementation, Op, hinted
 
 if TYPE_CHECKING:

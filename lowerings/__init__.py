@@ -29,9 +29,9 @@ from . import (
     shared_expert,
     sinkhorn,
 )
-from .numerics import CONTRACTS, TOLERANCE, Contract, Draw, contract_of, digest
+from .numerics import CONTRACTS, TOLERANCE, Contract, Draw, InBytes, contract_of, digest
 
-__all__ = ["CONTRACTS", "OPS", "TOLERANCE", "Contract", "Draw", "contract_of", "digest"]
+__all__ = ["CONTRACTS", "OPS", "TOLERANCE", "Contract", "Draw", "InBytes", "contract_of", "digest"]
 
 OPS: tuple[Op, ...] = (
     dequantize.dequantize,

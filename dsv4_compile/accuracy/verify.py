@@ -17,8 +17,7 @@ from torch.fx import Node
 
 from ..graphs.graph import is_tensor, strip, value, where
 from ..graphs.instances import module_path
-from ..lowerings import Contract, Draw, contract_of
-from ..lowerings.numerics import InBytes
+from ..lowerings import Contract, Draw, InBytes, contract_of
 from ..match import Match
 from ..op import Implementation, Op
 from .cut import PLAIN, Cut, by_meaning, cut, evaluate, hint, widened
