@@ -35,7 +35,7 @@ from dsv4_compile.lowerings.shared_expert import shared_expert
 from dsv4_compile.lowerings.sinkhorn import sinkhorn
 from dsv4_compile.op import Op
 from dsv4_compile.reference_model import DSV4Config
-from dsv4_compile.reference_model.quant import quantize, quantize_rows
+from dsv4_compile.reference_model.quant import pack_kv, quantize, quantize_rows
 
 CONTEXT = 32768  # tokens behind a decode step
 EPS, SINKHORN_EPS = 1e-6, 1e-6
@@ -184,6 +184,10 @@ class Cases:
         turned = lambda: (*near(), *far(many, k, True), *last, *self.tables(B, T, 1))  # noqa: E731
         yield Case(f"attention, window + {k}, turned back", attention, turned)
         yield Case(f"attention, window + all {all_}", attention, lambda: (*near(), *far(few, all_, False), *last))
+        in_bytes = lambda: self.stored(*near(), *far(many, k, True), *last, *self.tables(B, T, 1))  # noqa: E731
+        yield Case(f"attention, window + {k}, turned back, rows in bytes", attention, in_bytes)
+        all_in_bytes = lambda: self.stored(*near(), *far(few, all_, False), *last, None, None)  # noqa: E731
+        yield Case(f"attention, window + all {all_}, rows in bytes", attention, all_in_bytes)
         S = (W if T == 1 else T) + all_
 
         def masked() -> Inputs:
@@ -193,6 +197,11 @@ class Cases:
             return self.x(B, T, h, d), self.x(B, S, d), mask, self.draw(h), d**-0.5
 
         yield Case("attention with a dense mask", dense_attention, masked)
+
+    def stored(self, q: Tensor, keys: Tensor, window: Tensor, sink: Tensor, entries: Tensor, *rest: Any) -> Inputs:
+        """Arguments of attention with rows in bytes."""
+        dr = self.c.qk_rope_head_dim
+        return q, pack_kv(keys, dr), window, sink, pack_kv(entries, dr), *rest, dr
 
     def selection(self) -> Iterator[Case]:
         c, B, T = self.c, self.B, self.T
@@ -262,6 +271,15 @@ class Cases:
             yield Case(f"before attention{what}", PROLOGUES[len(compressors)], made)
         stored = lambda: (*queries(), *keys(), *self.closed(c.compress_rates[CSA], True), *self.scaled())  # noqa: E731
         yield Case("before attention, 4 to 1 twice, keys in e4m3", PROLOGUES["2_fp8"], stored)
+        dr = c.qk_rope_head_dim
+
+        def all_stored() -> Inputs:
+            ring, *of_keys = keys()
+            values, gates, entries, *of_entries = self.closed(c.compress_rates[CSA], True)
+            memory = values, gates, pack_kv(entries, dr), *of_entries
+            return *queries(), pack_kv(ring, dr), *of_keys, *memory, *self.scaled()
+
+        yield Case("before attention, 4 to 1 twice, all in e4m3", PROLOGUES["2_fp8"], all_stored)
 
     def products(self) -> Iterator[Case]:
         c, N = self.c, self.N

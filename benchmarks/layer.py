@@ -2,7 +2,7 @@
 
     python -m benchmarks.layer [--model flash|pro|nano|DIR] [--formats bf16,fp4] [--context 8192,131072] [--batch 1,8]
                                [--arms hf-eager,hf-inductor,eager,inductor,ours] [--layers SWA,SWA,CSA,HCA,CSA]
-                               [--index-keys bf16|fp8] [--launches] [--json FILE] [--picture FILE]
+                               [--index-keys bf16|fp8] [--kv bf16|fp8] [--launches] [--json FILE] [--picture FILE]
     dsv4 bench --layer ...
 
 The layers are SWA, CSA, HCA and CSA, without SWA HCA and two CSA, or `--layers`; the first, and SWA behind it, with hash
@@ -37,7 +37,7 @@ from torch import Tensor
 from benchmarks import bars, layer_model, waterfall
 from benchmarks.attribution import Notes, recording
 from benchmarks.clock import Clock
-from benchmarks.layer_model import CSA, FORMATS, INDEX_KEYS, ROOM
+from benchmarks.layer_model import CSA, FORMATS, INDEX_KEYS, KV, ROOM
 from dsv4_compile.commands.inputs import InputError
 from dsv4_compile.reference_model import DSV4, Loop
 from dsv4_compile.tuning import SETTINGS
@@ -55,10 +55,13 @@ OURS = ("ours", "tuned", "invariant")
 STEPS = 12  # compared; the last ones are timed
 
 
-def contender(name: str, ours: DSV4, batch: int, context: int, keys: str) -> tuple[Callable[..., Tensor], Any, Any]:
+Kept = tuple[str, str]  # how a state keeps keys: the indexer's, attention's
+
+
+def contender(name: str, ours: DSV4, batch: int, context: int, kept: Kept) -> tuple[Callable[..., Tensor], Any, Any]:
     """A step, its model, and where it begins."""
     if not name.startswith(HF):
-        return layer_model.step, ours, Loop.start(layer_model.state_of(ours, batch, context, keys), 1)
+        return layer_model.step, ours, Loop.start(layer_model.state_of(ours, batch, context, *kept), 1)
     from benchmarks import layer_hf
 
     model = layer_hf.model_of(ours, [marked.layer for marked in ours.layers], torch.ops.dsv4_benchmark.mark)
@@ -67,7 +70,7 @@ def contender(name: str, ours: DSV4, batch: int, context: int, keys: str) -> tup
 
 
 def run_arm(
-    name: str, ours: DSV4, batch: int, context: int, keys: str, clock: Clock, bandwidth: float, inner: dict[str, Any]
+    name: str, ours: DSV4, batch: int, context: int, kept: Kept, clock: Clock, bandwidth: float, inner: dict[str, Any]
 ) -> dict[str, Any]:
     """Logits of the first steps, time of a step, and its parts: launches and times."""
     torch._dynamo.reset()
@@ -76,7 +79,7 @@ def run_arm(
         torch.cuda.empty_cache()
     how = ARMS[name]
     SETTINGS.batch_invariant = False  # what one arm asked for would stay for the process
-    call, model, loop = contender(name, ours, batch, context, keys)
+    call, model, loop = contender(name, ours, batch, context, kept)
     if how is not None:
         call = torch.compile(call, backend="dsv4", options=how | inner, dynamic=False, fullgraph=True)
     start, logits = perf_counter(), []
@@ -107,10 +110,10 @@ def run_arm(
     }
 
 
-def floors_of(model: DSV4, batch: int, context: int, keys: str, bandwidth: float) -> list[dict[str, Any]]:
+def floors_of(model: DSV4, batch: int, context: int, kept: Kept, bandwidth: float) -> list[dict[str, Any]]:
     """Of each layer its name, what it and its experts must read, in us, and what its attention and its indexer are called."""
     c, found = model.config, []
-    state, seen = layer_model.state_of(model, batch, context, keys), context // model.config.rate(CSA)
+    state, seen = layer_model.state_of(model, batch, context, *kept), context // model.config.rate(CSA)
     for name, marked, memory in zip(layer_model.names_of(c), model.layers, state.layers, strict=True):
         row: dict[str, Any] = {"layer": name}
         row["floor_us"] = layer_model.must_read(marked, c, memory, batch, context) / bandwidth * 1e6
@@ -158,6 +161,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=names(kinds), default=[], help="kinds of layer, of SWA, CSA and HCA")
     keys = "of the indexer, as the state holds them; fp8: e4m3 with a scale each"
     parser.add_argument("--index-keys", choices=[*INDEX_KEYS], default="bf16", help=keys)
+    kv = "of attention, as the state holds them; fp8: e4m3, rotary channels in bf16"
+    parser.add_argument("--kv", choices=[*KV], default="bf16", help=kv)
     parser.add_argument("--inner", help="eager: no generated code")
     parser.add_argument("--launches", action="store_true", help="print every launch of ours")
     parser.add_argument("--json", type=Path)
@@ -193,7 +198,9 @@ def main(arguments: list[str] | None = None) -> int:
         for batch, context in ((b, c) for b in ask.batch for c in ask.context):
             title = f"{ask.model}, {format}, context {context}, {batch} requests"
             title += "" if ask.index_keys == "bf16" else f", index keys {ask.index_keys}"
-            rows = floors_of(model, batch, context, ask.index_keys, bandwidth)
+            title += "" if ask.kv == "bf16" else f", KV {ask.kv}"
+            kept = ask.index_keys, ask.kv
+            rows = floors_of(model, batch, context, kept, bandwidth)
             least = {r["layer"]: r["floor_us"] for r in rows}
             table = Table(title, "step, us", "launches", "compile, s", "error", *layer_model.names_of(config))
             table.add_row("floor", "", "", "", "", *(f"{f:.0f} us" for f in least.values()))
@@ -202,10 +209,10 @@ def main(arguments: list[str] | None = None) -> int:
                 if arm.startswith(HF) and format != "bf16":
                     continue
                 inner = {"inner": ask.inner} if ask.inner else {}
-                one = run_arm(arm, model, batch, context, ask.index_keys, clock, bandwidth, inner)
+                one = run_arm(arm, model, batch, context, kept, clock, bandwidth, inner)
                 parts, logits = one.pop("parts"), one.pop("logits")
                 one |= dict(model=ask.model, format=format, batch=batch, context=context, floor_us=[*least.values()])
-                one |= dict(index_keys=ask.index_keys)
+                one |= dict(index_keys=ask.index_keys, kv=ask.kv)
                 of_layers = parts[1:-1] or [None] * len(rows)
                 one["layers"] = [r | (told(p) if p else {}) for r, p in zip(rows, of_layers, strict=True)]
                 one["error"] = error(logits, want.setdefault(arm.startswith(HF), logits))

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from dsv4_compile.commands.inputs import InputError
 from dsv4_compile.commands.warm import config_of as named_or_read
 from dsv4_compile.reference_model import DSV4, DSV4Config, Loop, State, draw
-from dsv4_compile.reference_model.quant import quantize_rows
+from dsv4_compile.reference_model.quant import pack_kv, quantize_rows
 
 SWA, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 LAYERS, WITHOUT_SWA = (SWA, CSA, HCA, CSA), (HCA, CSA, CSA)
 SHORT = {SWA: "SWA", CSA: "CSA", HCA: "HCA"}
 FORMATS = {"bf16": ("none", "none"), "fp8": ("fp8", "fp8"), "fp4": ("fp8", "mxfp4")}  # of dense weights and experts
-INDEX_KEYS = {"bf16": None, "fp8": torch.float8_e4m3fn}
+INDEX_KEYS = KV = {"bf16": None, "fp8": torch.float8_e4m3fn}
 CONFIGS: dict[str, Callable[[], DSV4Config]] = {
     "flash": DSV4Config.flash,
     "pro": DSV4Config.pro,
@@ -138,14 +138,19 @@ def with_room(config: DSV4Config, context: int) -> int:
     return min(context, config.max_position_embeddings - ROOM)
 
 
-def state_of(model: DSV4, batch: int, context: int, index_keys: str = "bf16") -> State:
+def state_of(model: DSV4, batch: int, context: int, index_keys: str = "bf16", kv: str = "bf16") -> State:
     """Equal numbers in every call: what is remembered of `context` tokens of each sequence; see `with_room`."""
     torch.manual_seed(1)
     context = with_room(model.config, context)
-    state = model.new_state(batch, context + ROOM, index_dtype=INDEX_KEYS[index_keys])
+    state = model.new_state(batch, context + ROOM, index_dtype=INDEX_KEYS[index_keys], kv_dtype=KV[kv])
+    c = model.config
     for layer in state.layers:
         for part in layer.parts():
-            if isinstance(part, Tensor) and part.dtype != torch.float8_e4m3fn:
+            if isinstance(part, Tensor) and part.dtype == torch.uint8:
+                few = torch.randn(1024, c.head_dim, device=part.device)  # rows repeat
+                rows = torch.arange(part.shape[1], device=part.device) % len(few)
+                part.copy_(pack_kv(few, c.qk_rope_head_dim)[rows])
+            elif isinstance(part, Tensor) and part.dtype != torch.float8_e4m3fn:
                 part.normal_()
         if layer.indexer is not None and layer.indexer.scales is not None:
             of_keys = layer.indexer.entries

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import tuning
-from .lowerings import contract_of
+from .lowerings import Contract, InBytes, contract_of
 from .op import Implementation, Op, hinted
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def tune(op: Op, implementation: Implementation, arguments: Mapping[str, Any], t
         record = kernel.record(shape, work)
         if len(candidates) < 2 or tuning.recorded(base.STORE, record) is not None:
             continue
-        wrong = partial(differs, op.meaning(*inputs[0]), contract_of(op.name).allowed(narrowest(inputs[0])))
+        wrong = partial(differs, contract_of(op.name), op.arguments(*inputs[0]), op.meaning(*inputs[0]))
         run = partial(forced, implementation.run, (kernel, shape, work))
         outcome = race(candidates, run, inputs, wrong, timer)
         base.STORE.save(record, json.dumps(outcome.record()).encode(), {"choice": str(outcome)})
@@ -179,12 +179,13 @@ def forced(run: Call, launch: "tuple[Kernel, Any, tuple[int, ...]]", config: Any
         return run(*given)
 
 
-def differs(want: Any, allowed: float, got: Any) -> str:
+def differs(contract: Contract, arguments: Mapping[str, Any], want: Any, got: Any) -> str:
     """What is wrong with a result, or ""."""
-    from .accuracy.verify import difference
+    from .accuracy.verify import distance, sizes_in
 
     pairs = zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]
-    error = max(difference(g, w) for g, w in pairs)
+    error = max(distance(contract, sizes_in(arguments), g, w) for g, w in pairs)
+    allowed = contract.allowed(narrowest([*arguments.values()]))
     return "" if error <= allowed else f"a wrong result: error {error:.1e}, allowed {allowed:.1e}"
 
 
@@ -197,7 +198,9 @@ def copies(op: Op, arguments: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Random arguments like these, several times: as many as a cache cannot hold. Index lists differ between them; the
     largest tensors, of which lists name parts, are the same."""
     g = torch.Generator().manual_seed(0)
-    sizes = {name: tuple(hinted(s) for s in a.shape) for name, a in arguments.items() if isinstance(a, Tensor)}
+    from .accuracy.verify import sizes_in
+
+    sizes = sizes_in(arguments)
     draw = {name: partial(like, a, contract_of(op.name).draws.get(name), g, sizes) for name, a in arguments.items()}
     first = {name: draw[name]() if isinstance(a, Tensor) else hinted(a) for name, a in arguments.items()}
     yield first
@@ -216,7 +219,7 @@ def like(fake: Tensor, draw: Any, g: torch.Generator, sizes: Mapping[str, tuple[
     few = shape[:]
     while math.prod(few) > DRAWN and (axis := next((i for i, n in enumerate(few[:-1]) if n > 1), None)) is not None:
         few[axis] = max(1, few[axis] * DRAWN // math.prod(few))
-    if fake.dtype == torch.uint8:
+    if fake.dtype == torch.uint8 and not isinstance(draw, InBytes):
         x = torch.randint(0, 256, few, generator=g, dtype=torch.uint8)
     elif draw is not None:
         x = draw.draw(tuple(few), g, sizes)

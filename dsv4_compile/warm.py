@@ -116,10 +116,11 @@ def survey(
     candidates: bool = False,
     invariant: bool = False,
     index_dtype: torch.dtype | None = None,
+    kv_dtype: torch.dtype | None = None,
 ) -> Survey:
     """The kernels of calls of so many tokens each by a model of this config, computing in `dtype`; 1: a whole step of
     decoding, the choice of the next token included. invariant: as with batch_invariant, which then stays for the process.
-    index_dtype: as `new_state` takes it."""
+    index_dtype, kv_dtype: as `new_state` takes them."""
     from .lowerings import OPS
     from .patterns import RULES
     from .reference_model import DSV4, Loop, decode_step
@@ -132,7 +133,7 @@ def survey(
             torch._dynamo.reset()
             manager = Asking(Config(inner="eager", batch_invariant=invariant), RULES, OPS, found)
             how: dict[str, Any] = dict(backend=partial(look, manager), dynamic=False, fullgraph=True)
-            state = model.new_state(batch, max_len, index_dtype=index_dtype)
+            state = model.new_state(batch, max_len, index_dtype=index_dtype, kv_dtype=kv_dtype)
             if count == 1:
                 torch.compile(decode_step, **how)(model, Loop.start(state, 0))
             else:

@@ -40,6 +40,15 @@ class Shape:
     on_window: bool
     rope: int
 
+    @property
+    def row_bytes(self) -> int:
+        """Of keys and entries."""
+        return 2 * self.d
+
+    def has_registers(self, config: "Config") -> bool:
+        """For two blocks of a processor."""
+        return config.heads == 16
+
 
 @dataclass(frozen=True)
 class Config:
@@ -74,7 +83,7 @@ class Plan:
         self.score_row, self.value_row, self.weight_row = R + 8, d + 8, R // 2 + 4  # padded: no two lanes in one bank
         self.q = 0
         self.kv = H * d // 2
-        self.scores = self.kv + config.stages * R * d // 2
+        self.scores = self.kv + config.stages * R * shape.row_bytes // 4
         self.weights = self.scores + self.of_k * H * self.score_row
         free = self.weights + H * self.weight_row
         self.values = self.kv  # at the end, over tiles, scores and weights
@@ -96,7 +105,7 @@ def fits(shape: Shape, config: Config) -> bool:
 
 def at_once(shape: Shape, config: Config) -> int:
     """Blocks of a processor: two where memory and, with few heads, registers allow it."""
-    return 2 if config.heads == 16 and 8 * Plan(shape, config).words <= SHARED else 1
+    return 2 if shape.has_registers(config) and 8 * Plan(shape, config).words <= SHARED else 1
 
 
 class Attention:
@@ -158,6 +167,7 @@ class Attention:
             cute.arch.cp_async_commit_group()
         upcoming = self.pick(first + self.stages - 1, last, rows, token, window, index, warp, lane)
 
+        self.settle_queries(start, thread)
         values = cute.make_rmem_tensor((4, d // 64, H // 16, self.parts), Float32)
         values.fill(0.0)
         per_row = THREADS // H  # threads that share the softmax of a head
@@ -191,13 +201,7 @@ class Attention:
         cute.arch.cp_async_wait_group(0)
         cute.arch.barrier()  # tiles, scores and weights are free
         for part in cutlass.range_constexpr(self.parts):
-            for m in cutlass.range_constexpr(H // 16):
-                for n in cutlass.range_constexpr(d // 64):
-                    for i in cutlass.range_constexpr(2):
-                        row, column = m * 16 + lane // 4 + 8 * i, (warp * (d // 64) + n) * 8 + 2 * (lane % 4)
-                        word = plan.values + (part * H + row) * plan.value_row + column
-                        low, high = values[2 * i, n, m, part], values[2 * i + 1, n, m, part]
-                        of_warp.store_pair(start + 4 * word, low, high)
+            self.keep(values[None, None, None, part], part, start, warp, lane)
         of_warp.everybody(self.splits)
         self.combine(split, chunk, group, token, sink, cos, sin, sums, marks, out, start, thread)
         if const_expr(self.splits > 1):
@@ -265,6 +269,21 @@ class Attention:
             target = start + 4 * self.plan.q + row * self.row_bytes + (piece ^ (row % 8)) * 16
             if row < self.H:
                 of_warp.copy_16(target, q.iterator.toint() + at + piece * 16, Int32(16) if inside else Int32(0))
+
+    @cute.jit
+    def settle_queries(self, start, thread):
+        """What is to be done to queries once they have landed: nothing."""
+
+    @cute.jit
+    def keep(self, values, part, start, warp, lane):
+        """This warp's sums of a part into shared memory."""
+        plan, tiles = self.plan, self.d // 64
+        for m in cutlass.range_constexpr(self.H // 16):
+            for n in cutlass.range_constexpr(tiles):
+                for i in cutlass.range_constexpr(2):
+                    row, column = m * 16 + lane // 4 + 8 * i, (warp * tiles + n) * 8 + 2 * (lane % 4)
+                    word = plan.values + (part * self.H + row) * plan.value_row + column
+                    of_warp.store_pair(start + 4 * word, values[2 * i, n, m], values[2 * i + 1, n, m])
 
     @cute.jit
     def score(self, stage, start, warp, lane):
@@ -501,9 +520,12 @@ def estimate(shape: Shape, config: Config, tokens: int, rows: int) -> float:
 
 
 def rank(shape: Shape, work: tuple[int, ...]) -> list[Config]:
-    """All configurations, best first for so many tokens, each with so many rows; where results must not depend on the number
+    return ranked(shape, work, list(configs(shape)))
+
+
+def ranked(shape: Shape, work: tuple[int, ...], found: list[Config]) -> list[Config]:
+    """These configurations, best first for so many tokens, each with so many rows; where results must not depend on the number
     of tokens, those of one division: the one whose worst excess over the best for 1, 2, 4 or 8 tokens is least."""
-    found = list(configs(shape))
     if alike():
         found += [c for c in (replace(c, parts=2) for c in found) if fits(shape, c)]
         best: list[dict[tuple[int, ...], float]] = []
@@ -532,6 +554,11 @@ def wider(shape: Shape, work: tuple[int, ...]) -> bool:
 def launch(shape: Shape, dtype: str, warpgroups: bool, *arguments) -> None:
     """See `program`, without sums and marks. What the tensor cores do not take runs exactly. warpgroups: whether the GPU has
     their products, as Hopper."""
+    if dtype == "bytes":
+        from dsv4_compile.kernels import attention_stored  # which is made from this
+
+        attention_stored.launch(shape, *arguments)
+        return
     if dtype != "bf16" or shape.d % 64 or shape.d > 512 or shape.rope % 4:
         exact = attention_exact.Shape(**asdict(shape), dtype=dtype)
         attention_exact.KERNEL.launcher(exact)(*arguments)
@@ -545,9 +572,9 @@ def launch(shape: Shape, dtype: str, warpgroups: bool, *arguments) -> None:
     run(shape, KERNEL.choice(shape, work), *arguments)
 
 
-def run(shape: Shape, config: Config, q, keys, window, entries, index, sink, cos, sin, *rest) -> None:
+def run(shape: Shape, config: Config, q, keys, window, entries, index, sink, cos, sin, *rest, kernel=KERNEL) -> None:
     """In this configuration, with room for it to work in."""
     sums, marks = None, None
     if config.chunks > 1:
         sums, marks = (sink.new_empty(len(q), config.chunks, shape.heads, n) for n in (shape.d, 2))
-    KERNEL.launcher(shape, config)(q, keys, window, entries, index, sink, cos, sin, sums, marks, *rest)
+    kernel.launcher(shape, config)(q, keys, window, entries, index, sink, cos, sin, sums, marks, *rest)

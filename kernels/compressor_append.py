@@ -8,31 +8,19 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, Uint8, const_expr
 
 from dsv4_compile.kernel import Kernel, fake, stream
-from dsv4_compile.kernels import compressor
+from dsv4_compile.kernels import compressor, packed
 from dsv4_compile.kernels import warps as of_warp
 from dsv4_compile.kernels.compressor import DTYPES, VECTOR, Compressor, Config
-from dsv4_compile.kernels.stored import as_float, assembled
+from dsv4_compile.kernels.stored import as_float
 
-OF_ENTRIES = DTYPES | {"fp8": Uint8}
+OF_ENTRIES = DTYPES | {"fp8": Uint8, "bytes": Uint8}
 LEAST = 448 * 2.0**-100  # beneath which the scale stays
-
-
-def codes(x, factor) -> Int32:
-    """Four numbers times a factor as e4m3, the first in the lowest byte."""
-    text = (
-        "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; "
-        "mov.b32 $0, {l, h}; }"
-    )
-    return Int32(assembled("i32", text, "=r,f,f,f,f", *(x[j] * factor for j in range(VECTOR))))
-
-
-def bits_of(x) -> Int32:
-    return Int32(assembled("i32", "mov.b32 $0, $1;", "=r,f", x))
 
 
 @dataclass(frozen=True)
 class Shape(compressor.Shape):
-    """As the compressor's, and the dtype of the entries: "bf16", "fp32", or "fp8": e4m3, of at most 128 channels."""
+    """As the compressor's, and the dtype of the entries: "bf16", "fp32", "fp8": e4m3, of at most 128 channels, or "bytes": see
+    `packed`."""
 
     entries: str = "bf16"
 
@@ -40,7 +28,7 @@ class Shape(compressor.Shape):
 class Step(Compressor):
     def __init__(self, shape: Shape, config: Config):
         super().__init__(shape, config)
-        self.target = OF_ENTRIES[shape.entries]
+        self.target, self.in_bytes = OF_ENTRIES[shape.entries], shape.entries == "bytes"
 
     @cute.jit
     def __call__(
@@ -84,25 +72,19 @@ class Step(Compressor):
             self.remember(values, gates, slot, c, z, ape, place, batch, v)
         entry = self.entry(values, gates, index, weight, cos, sin, eps, batch, 0, v, closed)
         if const_expr(scales is not None):
-            scale = self.scale(entry)
+            scale = as_float(packed.exponent([entry[j] for j in range(VECTOR)], 32, LEAST) << 23)
             if v == 0:
                 scales[batch, pool, 0] = scale
             if v < self.d // VECTOR:
                 words = cute.recast_tensor(cute.zipped_divide(entries[batch, pool, None], (VECTOR,))[None, v], Int32)
-                words[0] = codes(entry, as_float(Int32(254 << 23) - bits_of(scale)))  # over a power of two
+                words[0] = packed.codes([entry[j] for j in range(VECTOR)], packed.over(scale))
+        elif const_expr(self.in_bytes):
+            numbers = [entry[j] for j in range(VECTOR)]
+            packed.store(numbers, entries[batch, pool, None], v, v < self.d // VECTOR, self.d, self.rope)
         elif v < self.d // VECTOR:
             rounded = cute.make_rmem_tensor((VECTOR,), self.target)
             rounded.store(entry.load().to(self.target))
             cute.autovec_copy(rounded, cute.zipped_divide(entries[batch, pool, None], (VECTOR,))[None, v])
-
-    def scale(self, entry):
-        """The least power of two by which an entry fits e4m3, of which each lane of a warp has some channels: the exponent of
-        the largest over 1.75 2^8."""
-        largest = Float32(LEAST)
-        for j in range(VECTOR):
-            largest = cute.arch.fmax(largest, cute.arch.fmax(entry[j], -entry[j]))
-        largest = cute.arch.warp_reduction(largest, cute.arch.fmax)
-        return as_float((((bits_of(largest) + Int32(0x1FFFFF)) >> 23) - 8) << 23)
 
     @cute.jit
     def remember(self, values, gates, slot, c, z, ape, place, batch, v):
@@ -143,7 +125,9 @@ def arguments_of(shape: Shape, B):
     return (
         fake(Float32, B, S, C),
         fake(Float32, B, S, C),
-        fake(of_entries, B, P, d, align=VECTOR * of_entries.width // 8),
+        fake(Uint8, B, P, packed.row_bytes(d, shape.rope))
+        if shape.entries == "bytes"
+        else fake(of_entries, B, P, d, align=VECTOR * of_entries.width // 8),
         fake(Float32, B, P, 1, align=4) if shape.entries == "fp8" else None,
         one(),
         fake(Float32, B, 1, C),

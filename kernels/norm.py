@@ -6,18 +6,20 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64, const_expr
+from cutlass import BFloat16, Float32, Int32, Int64, Uint8, const_expr
 
 from dsv4_compile.kernel import Kernel, fake, of_tokens, stream
+from dsv4_compile.kernels import packed
 from dsv4_compile.kernels import warps as of_warp
 
 DTYPES = {"bf16": BFloat16, "fp32": Float32}
+OF_CACHE = DTYPES | {"bytes": Uint8}
 
 
 @dataclass(frozen=True)
 class Shape:
     """Rows of D numbers of `dtype`, D a multiple of 4 and at most 16384; weight: its dtype, or "none". rope: trailing
-    columns to rotate in pairs, or 0. cache: its dtype, if the rows go to slots of one, or "none"."""
+    columns to rotate in pairs, or 0. cache: its dtype, if the rows go to slots of one, or "none"; "bytes": see `packed`."""
 
     D: int
     dtype: str
@@ -43,7 +45,7 @@ class RMSNorm:
     def __init__(self, shape: Shape, config: Config):
         self.D, self.vector, self.weight, self.rope = shape.D, shape.vector, DTYPES.get(shape.weight), shape.rope
         self.dtype, self.warps, self.rows = DTYPES[shape.dtype], config.warps, config.rows
-        self.target = DTYPES[shape.dtype if shape.cache == "none" else shape.cache]
+        self.target = OF_CACHE[shape.dtype if shape.cache == "none" else shape.cache]
         self.threads = 32 * config.warps  # of a row
         self.vectors = shape.D // shape.vector
         self.loads = -(-self.vectors // self.threads)
@@ -93,16 +95,25 @@ class RMSNorm:
         if const_expr(self.rope > 0):
             y = self.rotated(y, (place // inner) % cos.shape[0], cos, sin, t)
         kept.store(y.to(self.dtype))
-        if const_expr(slot is None):
-            target = cute.zipped_divide(out[place, None], (self.vector,))
+        if const_expr(self.target is Uint8):
+            target = out[place // T, Int32(slot[place]) % out.shape[1], None]
+            numbers = cute.make_rmem_tensor((self.vector, self.loads), Float32)
+            numbers.store(kept.load().to(Float32))
+            for i in cutlass.range_constexpr(self.loads):
+                v = i * self.threads + t
+                mine = [numbers[j, i] for j in range(self.vector)]
+                packed.store(mine, target, v, v < self.vectors and inside, self.D, self.rope)
         else:
-            target = cute.zipped_divide(out[place // T, Int32(slot[place]) % out.shape[1], None], (self.vector,))
-        written = cute.make_rmem_tensor((self.vector, self.loads), self.target)
-        written.store(kept.load().to(self.target))
-        for i in cutlass.range_constexpr(self.loads):
-            v = i * self.threads + t
-            if v < self.vectors and inside:
-                cute.autovec_copy(written[None, i], target[None, v])
+            if const_expr(slot is None):
+                target = cute.zipped_divide(out[place, None], (self.vector,))
+            else:
+                target = cute.zipped_divide(out[place // T, Int32(slot[place]) % out.shape[1], None], (self.vector,))
+            written = cute.make_rmem_tensor((self.vector, self.loads), self.target)
+            written.store(kept.load().to(self.target))
+            for i in cutlass.range_constexpr(self.loads):
+                v = i * self.threads + t
+                if v < self.vectors and inside:
+                    cute.autovec_copy(written[None, i], target[None, v])
 
     @cute.jit
     def rotated(self, y, angles, cos, sin, t):
@@ -131,8 +142,7 @@ def program(shape: Shape, config: Config):
     align, cached = shape.vector * dtype.width // 8, shape.cache != "none"
     out = fake(dtype, N, shape.D, align=align)
     if cached:
-        of_cache = DTYPES[shape.cache]
-        out = fake(of_cache, cute.sym_int(), cute.sym_int(), shape.D, align=min(16, shape.vector * of_cache.width // 8))
+        out = fake_cache(shape, cute.sym_int())
     arguments = (
         fake(dtype, N, shape.D, align=align),
         None if shape.weight == "none" else fake(DTYPES[shape.weight], shape.D, align=8 if shape.D % 8 else 16),
@@ -146,6 +156,14 @@ def program(shape: Shape, config: Config):
         stream(),
     )
     return RMSNorm(shape, config), arguments
+
+
+def fake_cache(shape: Shape, B):
+    """[B, S, D], or bytes."""
+    if shape.cache == "bytes":
+        return fake(Uint8, B, cute.sym_int(), packed.row_bytes(shape.D, shape.rope))
+    of_cache = DTYPES[shape.cache]
+    return fake(of_cache, B, cute.sym_int(), shape.D, align=min(16, shape.vector * of_cache.width // 8))
 
 
 def fits(shape: Shape, config: Config) -> bool:

@@ -104,8 +104,7 @@ def program(shape: Shape, config: Config):
         return fake(dtype, rows, s.D, align=s.vector * dtype.width // 8), weight, *tables
 
     x, _, cos, sin = of_norm(q, N)
-    of_cache = norm.DTYPES[k.cache]
-    ring = fake(of_cache, B, cute.sym_int(), k.D, align=min(16, k.vector * of_cache.width // 8))
+    ring = norm.fake_cache(k, B)
     arguments = (
         (x, cos, sin),
         (*of_norm(k, M), ring, fake(Int64, M, align=8)),

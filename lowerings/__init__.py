@@ -14,6 +14,7 @@ from . import (
     grouped_mm,
     head,
     indexer,
+    kv,
     linear,
     linears,
     mhc,
@@ -28,9 +29,9 @@ from . import (
     shared_expert,
     sinkhorn,
 )
-from .numerics import CONTRACTS, TOLERANCE, Contract, Draw, contract_of, digest
+from .numerics import CONTRACTS, TOLERANCE, Contract, Draw, InBytes, contract_of, digest
 
-__all__ = ["CONTRACTS", "OPS", "TOLERANCE", "Contract", "Draw", "contract_of", "digest"]
+__all__ = ["CONTRACTS", "OPS", "TOLERANCE", "Contract", "Draw", "InBytes", "contract_of", "digest"]
 
 OPS: tuple[Op, ...] = (
     dequantize.dequantize,
@@ -49,6 +50,8 @@ OPS: tuple[Op, ...] = (
     norm.unit_norm,
     rope.rope,
     rope.norm_rope,
+    kv.pack_kv,
+    kv.unpack_kv,
     append.append,
     append.norm_rope_append,
     sinkhorn.sinkhorn,

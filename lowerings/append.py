@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from dsv4_compile.lowerings.kv import in_whole_blocks, is_packed, rows_for
 from dsv4_compile.lowerings.norm import DTYPES, norm_into
 from dsv4_compile.lowerings.rope import fits_with_rope, norm_rope
 from dsv4_compile.op import Cost, Tensor, left_to_inductor, op
@@ -43,32 +44,36 @@ def norm_rope_append(
     """All that happens to the keys of a decode step behind their matrix: `norm_rope`, then `append`.
 
     ring [B, S, d], slot [B, T] int64, not negative, taken modulo S, so that it may be the tokens' positions, x [B, T, d],
-    weight [d] or None, cos and sin [B, T, dr/2], B of them possibly 1 -> the ring [B, S, d]. Source: DeepSeek-V4, attention.
+    weight [d] or None, cos and sin [B, T, dr/2], B of them possibly 1 -> the ring [B, S, d]. A ring of uint8 takes rows in
+    bytes, as `pack_kv` makes them. Source: DeepSeek-V4, attention.
     """
-    return append(ring, slot % ring.shape[1], norm_rope(x, weight, eps, cos, sin))
+    return append(ring, slot % ring.shape[1], rows_for(ring, norm_rope(x, weight, eps, cos, sin), 2 * cos.shape[-1]))
 
 
 @norm_rope_append.cost
-def _(N, P, d, dr, bits):
-    return Cost(flops=4 * N * d + 3 * N * dr, read=2 * N * d + 4 * d + 4 * P * dr + 8 * N, write=N * d * bits / 8)
+def _(N, P, d, dr, bytes):
+    """bytes: of a row of the ring."""
+    return Cost(flops=4 * N * d + 3 * N * dr, read=2 * N * d + 4 * d + 4 * P * dr + 8 * N, write=N * bytes)
 
 
 @norm_rope_append.sizes
 def _(a):
     *lead, d = a.x.shape
     tables = dict(P=math.prod(a.cos.shape[:-1]), dr=2 * a.cos.shape[-1])
-    return dict(N=math.prod(lead), d=d, bits=8 * a.ring.dtype.itemsize, **tables)
+    return dict(N=math.prod(lead), d=d, bytes=a.ring.shape[-1] * a.ring.dtype.itemsize, **tables)
 
 
 @norm_rope_append.on("cpu", in_place="ring", worth=left_to_inductor)
 def _(ring, slot, x, weight, eps, cos, sin):
     batch = torch.arange(len(ring)).unsqueeze(1)
-    ring[batch, slot % ring.shape[1]] = norm_rope(x, weight, eps, cos, sin).to(ring.dtype)
+    ring[batch, slot % ring.shape[1]] = rows_for(ring, norm_rope(x, weight, eps, cos, sin), 2 * cos.shape[-1])
 
 
 def fits_with_cache(a) -> bool | str:
-    if a.ring.dtype not in DTYPES or a.slot.dtype != torch.int64:
-        return "the cache must be bfloat16 or float32, slots int64"
+    if a.slot.dtype != torch.int64 or not (a.ring.dtype in DTYPES or is_packed(a.ring)):
+        return "the cache must be bfloat16, float32 or rows in bytes, slots int64"
+    if is_packed(a.ring) and (verdict := in_whole_blocks(a.x.shape[-1], 2 * a.cos.shape[-1])) is not True:
+        return verdict
     return fits_with_rope(a)
 
 

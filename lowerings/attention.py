@@ -2,6 +2,7 @@
 
 import torch
 
+from dsv4_compile.lowerings.kv import is_packed, numbers
 from dsv4_compile.lowerings.norm import DTYPES
 from dsv4_compile.lowerings.rope import rope
 from dsv4_compile.op import Cost, Tensor, acc, at_least, capability, known, op
@@ -19,6 +20,7 @@ def attention(
     sink_on_window: bool,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    stored: int = 0,
 ) -> Tensor:
     """Multi-query attention whose keys are its values, each query reading the rows that its index lists name.
 
@@ -28,17 +30,19 @@ def attention(
     With s = scale q . k: o = sum_j e^s_j k_j / (sum_j e^s_j + e^sink), or, `sink_on_window`, the sink added to the
     window's logits instead. Source: DeepSeek-V4, attention core. A query whose lists are all -1 gives 0 in the first form
     and is undefined in the second. With cos and sin [B, T, 1, dr/2], B or T of them possibly 1, the output is turned back:
-    `rope(o, cos, sin, inverse=True)`; nobody has to round o to q's dtype before.
+    `rope(o, cos, sin, inverse=True)`; nobody has to round o to q's dtype before. With `stored` keys and entries are rows of
+    bytes as `pack_kv` makes them, so many of their channels rotary.
     """
     if cos is not None and sin is not None:
-        return rope(attention(q, keys, window, sink, entries, index, scale, sink_on_window), cos, sin, True)
+        o = attention(q, keys, window, sink, entries, index, scale, sink_on_window, stored=stored)
+        return rope(o, cos, sin, True)
     batch = torch.arange(q.shape[0], device=q.device).view(-1, 1, 1)
     rows = keys[batch, window.clamp(min=0)]
     W = window.shape[-1]
     if entries is not None and index is not None:
         rows = torch.cat([rows, entries[batch, index.clamp(min=0)]], 2)
         window = torch.cat([window, index], 2)
-    rows = acc(rows)
+    rows = numbers(rows, q.shape[-1], stored).to(acc(q).dtype)
     s = acc(q) @ rows.transpose(-1, -2) * scale
     if sink_on_window:
         s = torch.cat([s[..., :W] + sink.unsqueeze(-1), s[..., W:]], -1)
@@ -50,16 +54,18 @@ def attention(
 
 
 @attention.cost
-def _(B, T, h, d, W, K, dr):
+def _(B, T, h, d, W, K, dr, bytes):
+    """bytes: of a row."""
     rows, q = B * T * (W + K), 2 * B * T * h * d
-    return Cost(flops=4 * h * d * rows + 3 * B * T * h * dr, read=2 * d * rows + 8 * rows + q + 4 * B * T * dr, write=q)
+    return Cost(flops=4 * h * d * rows + 3 * B * T * h * dr, read=(bytes + 8) * rows + q + 4 * B * T * dr, write=q)
 
 
 @attention.sizes
 def _(a):
     B, T, h, d = a.q.shape
     K = 0 if a.index is None else a.index.shape[-1]
-    return dict(B=B, T=T, h=h, d=d, W=a.window.shape[-1], K=K, dr=rotary(a))
+    bytes = a.keys.shape[-1] if is_packed(a.keys) else 2 * d
+    return dict(B=B, T=T, h=h, d=d, W=a.window.shape[-1], K=K, dr=rotary(a), bytes=bytes)
 
 
 def rotary(a) -> int:
@@ -119,11 +125,11 @@ def same_batch(a) -> bool | str:
 
 
 @attention.on("cpu", when=not_turned, worth=at_least(16, rows=lambda a: a.q.shape[0] * a.q.shape[1]))
-def _(q, keys, window, sink, entries, index, scale, sink_on_window, cos, sin):
+def _(q, keys, window, sink, entries, index, scale, sink_on_window, cos, sin, stored):
     B, T, h, d = q.shape
     N, wide = B * T, acc(q).dtype
     lists = [(window, keys)] if index is None else [(window, keys), (index, entries)]
-    sources = [(flat_rows(i, x), x.reshape(-1, d)) for i, x in lists]
+    sources = [(flat_rows(i, x), x.reshape(-1, x.shape[-1])) for i, x in lists]
     none = (torch.cat([i.reshape(N, -1) for i, _ in lists], 1) < 0).unsqueeze(1)  # [N, 1, W + K]
     q, sink, out = q.reshape(N, h, d), sink.to(wide).view(h, 1), torch.empty(N, h, d, dtype=q.dtype)
     W, columns = window.shape[-1], none.shape[-1]
@@ -131,7 +137,8 @@ def _(q, keys, window, sink, entries, index, scale, sink_on_window, cos, sin):
     for start in range(0, N, step):
         part = slice(start, start + step)
         q_n = q[part].to(wide) * scale
-        rows = [x.index_select(0, i[part].view(-1)).to(wide).view(len(q_n), -1, d) for i, x in sources]
+        picked = (x.index_select(0, i[part].view(-1)) for i, x in sources)
+        rows = [numbers(x, d, stored).to(wide).view(len(q_n), -1, d) for x in picked]
         s = [torch.bmm(q_n, r.transpose(1, 2)) for r in rows]  # [n, h, W] and [n, h, K]
         if sink_on_window:
             s[0] += sink
@@ -161,7 +168,9 @@ LARGEST = 1024  # channels
 
 
 def fits_the_kernel(a) -> bool | str:
-    """What kernels/attention.py is written for."""
+    """What kernels/attention.py is written for, and kernels/attention_stored.py for rows in bytes."""
+    if a.stored:
+        return fits_in_bytes(a)
     if a.q.dtype not in DTYPES or any(x is not None and x.dtype != a.q.dtype for x in (a.keys, a.entries)):
         return "queries, keys and entries must be of one dtype, bfloat16 or float32"
     d, h = a.q.shape[-1], a.q.shape[2]
@@ -172,8 +181,19 @@ def fits_the_kernel(a) -> bool | str:
     return same_batch(a)
 
 
+def fits_in_bytes(a) -> bool | str:
+    if a.q.dtype != torch.bfloat16 or any(x is not None and x.dtype != torch.uint8 for x in (a.keys, a.entries)):
+        return "keys and entries in bytes are read by queries in bfloat16"
+    d, h = a.q.shape[-1], a.q.shape[2]
+    if d not in (256, 512) or a.stored != 64 or not isinstance(h, int) or (a.cos is not None and rotary(a) % 4):
+        return f"rows in bytes of {d} channels, {a.stored} of them rotary: 256 or 512, and 64, are needed"
+    if any(i is not None and i.dtype != torch.int64 for i in (a.window, a.index)):
+        return "lists must be int64"
+    return same_batch(a)
+
+
 @attention.on("cuda", arch="sm_90+", when=fits_the_kernel)
-def _(q, keys, window, sink, entries, index, scale, sink_on_window, cos=None, sin=None):
+def _(q, keys, window, sink, entries, index, scale, sink_on_window, cos=None, sin=None, stored=0):
     from dsv4_compile.kernels.attention import Shape, launch
 
     B, T, h, d = q.shape
@@ -184,7 +204,7 @@ def _(q, keys, window, sink, entries, index, scale, sink_on_window, cos=None, si
     shape = Shape(d, h, index is not None, sink_on_window, 0 if cos is None else 2 * cos.shape[-1])
     launch(
         shape,
-        DTYPES[q.dtype],
+        "bytes" if stored else DTYPES[q.dtype],
         capability(q.device) == (9, 0),
         q.reshape(B * T, h, d).contiguous(),
         rows_in_order(keys),

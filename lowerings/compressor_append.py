@@ -6,6 +6,7 @@ import torch
 
 from dsv4_compile.lowerings.append import append
 from dsv4_compile.lowerings.compressor import DTYPES, compressor, fits_the_kernel
+from dsv4_compile.lowerings.kv import in_whole_blocks, is_packed, rows_for
 from dsv4_compile.op import Cost, Tensor, known, op
 
 # Nobody runs this on the CPU: its parts are asked instead. What it saves is launches.
@@ -35,11 +36,12 @@ def compressor_append(
     values and gates [B, S, C], c and z [B, T, C] (at least fp32), ape [m, C]; slot and place [B, T] int64, not negative,
     taken modulo S and m, so that both may be the tokens' positions; index [B, n, R], weight, cos, sin, eps and overlap as
     `compressor` takes them, its rows those of values and gates after the write; entries [B, P, d], target [B, n] int64 ->
-    values, gates and entries.  Source: DeepSeek-V4, CSA and HCA compressors.
+    values, gates and entries. Entries of uint8 are rows in bytes, as `pack_kv` makes them. Source: DeepSeek-V4, CSA and HCA
+    compressors.
     """
     values, gates = remembered(values, gates, slot, c, z, ape, place)
     e = compressor(values, gates, index, weight, cos, sin, eps, overlap)
-    return values, gates, append(entries, target, e)
+    return values, gates, append(entries, target, rows_for(entries, e, 2 * cos.shape[-1]))
 
 
 def remembered(
@@ -90,29 +92,29 @@ def compressor_append_fp8(
 
 
 @compressor_append.cost
-def _(B, T, C, n, R, d, bits):
-    """Both rings in fp32; every window read."""
-    return cost(B, T, C, n, R, d, bits)
+def _(B, T, C, n, R, d, bytes):
+    """Both rings in fp32; every window read. bytes: of an entry."""
+    return cost(B, T, C, n, R, d, bytes)
 
 
 @compressor_append_fp8.cost
-def _(B, T, C, n, R, d, bits):
+def _(B, T, C, n, R, d, bytes):
     """And a scale for each entry."""
-    c = cost(B, T, C, n, R, d, bits)
+    c = cost(B, T, C, n, R, d, bytes)
     return Cost(flops=c.flops + 3 * B * n * d, read=c.read, write=c.write + 4 * B * n)
 
 
-def cost(B, T, C, n, R, d, bits) -> Cost:
+def cost(B, T, C, n, R, d, bytes) -> Cost:
     rows = B * n * R * d
     flops = B * T * C + 6 * rows + 8 * B * n * d
-    return Cost(flops=flops, read=12 * B * T * C + 8 * rows + 8 * B * n * R, write=8 * B * T * C + B * n * d * bits / 8)
+    return Cost(flops=flops, read=12 * B * T * C + 8 * rows + 8 * B * n * R, write=8 * B * T * C + B * n * bytes)
 
 
 @compressor_append.sizes
 @compressor_append_fp8.sizes
 def _(a):
     (B, n, R), (T, C) = a.index.shape, a.c.shape[1:]
-    return dict(B=B, T=T, C=C, n=n, R=R, d=a.weight.shape[0], bits=8 * a.entries.dtype.itemsize)
+    return dict(B=B, T=T, C=C, n=n, R=R, d=a.weight.shape[0], bytes=a.entries.shape[-1] * a.entries.dtype.itemsize)
 
 
 # On a GPU
@@ -129,7 +131,7 @@ def shape_of(a):
     """Of its kernel."""
     from dsv4_compile.kernels.compressor_append import Shape
 
-    entries = "fp8" if is_scaled(a) else DTYPES[a.entries.dtype]
+    entries = "fp8" if is_scaled(a) else "bytes" if is_packed(a.entries) else DTYPES[a.entries.dtype]
     return Shape(len(a.weight), a.index.shape[-1], 2 * a.cos.shape[-1], a.overlap, DTYPES[a.weight.dtype], entries)
 
 
@@ -150,8 +152,11 @@ def fits_one_token(a) -> bool | str:
             return (
                 f"entries of {d} channels, {a.entries.dtype} and {a.scales.dtype}: at most {MOST} of e4m3 with float32"
             )
+    elif is_packed(a.entries):
+        if (verdict := in_whole_blocks(a.weight.shape[0], 2 * a.cos.shape[-1])) is not True:
+            return verdict
     elif a.entries.dtype not in DTYPES:
-        return "entries must be bfloat16 or float32"
+        return "entries must be bfloat16, float32 or rows in bytes"
     if not (known(a.c.shape[1] == 1) and known(a.index.shape[1] == 1)):
         return "more than one token, or more windows"  # a block would read rows that others write
     return fits_the_kernel(a)

@@ -89,10 +89,15 @@ def norm_into(
     inner = 1 if cos is None else repeated(cos.shape, x.shape)
     tables = [None if t is None else table(t, x) for t in (cos, sin)]
     of_weight = "none" if weight is None else DTYPES[weight.dtype]
-    cache, T = ("none", 1) if slot is None else (DTYPES[out.dtype], slot.shape[1])
+    cache, T = ("none", 1) if slot is None else (kept_in(out), slot.shape[1])
     shape = Shape(D, DTYPES[x.dtype], of_weight, 0 if cos is None else 2 * cos.shape[-1], cache)
     places = None if slot is None else slot.reshape(-1).contiguous()
     launch(shape, rows, None if weight is None else weight.contiguous(), *tables, out, places, eps, inner, T)
+
+
+def kept_in(cache: Tensor) -> str:
+    """How a cache holds its rows, as kernels call it."""
+    return "bytes" if cache.dtype == torch.uint8 else DTYPES[cache.dtype]
 
 
 def repeated(small: Sequence[int], large: Sequence[int]) -> int:

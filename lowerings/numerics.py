@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dsv4_compile.lowerings.kv import layout, pack_kv, unpack_kv
 from dsv4_compile.op import Tensor
 
 VERSION = 1
@@ -181,7 +182,36 @@ class Facing:
         return x
 
 
-Draw = Normal | Uniform | Matrix | Scale | Rows | Slots | Windows | Ends | Counts | Facing | Mask | Distinct
+@dataclass(frozen=True)
+class InBytes:
+    """Rows of keys: standard normal, and in bytes, as `pack_kv` makes them, where they are longer than the last axis of
+    argument `width`, or than that number. Of their channels `per` times the last axis of argument `rope` are rotary."""
+
+    width: str
+    rope: str
+    per: int = 2
+
+    def draw(self, shape: tuple[int, ...], g: torch.Generator, sizes: Mapping[str, tuple[int, ...]]) -> Tensor:
+        width = sizes[self.width][-1]
+        x = torch.randn(*shape[:-1], width, generator=g, dtype=torch.float64)
+        return x if shape[-1] == width else pack_kv.meaning(x.float(), self.per * sizes[self.rope][-1])
+
+    def read(self, rows: Tensor, sizes: Mapping[str, tuple[int, ...]]) -> tuple[tuple[Tensor, float], ...]:
+        """The numbers that they stand for, those of 8 bits and of 16, each with the share of the largest by which two that
+        differ little are rounded apart."""
+        width, rope = sizes[self.width][-1], self.per * sizes[self.rope][-1]
+        plain, turned = unpack_kv.meaning(rows, width, rope).split([width - rope, rope], -1)
+        return (plain, ONE_STEP), (turned, 2.0**-7)
+
+    def filling(self, rows: Tensor, sizes: Mapping[str, tuple[int, ...]]) -> Tensor:
+        """The bytes at the end that stand for nothing."""
+        width, rope = sizes[self.width][-1], self.per * sizes[self.rope][-1]
+        return rows[..., width + rope + layout(width, rope)[0] :]
+
+
+ONE_STEP = 0.0715  # of e4m3, where numbers that differ little are rounded apart: 32 of 448
+
+Draw = Normal | Uniform | Matrix | Scale | Rows | Slots | Windows | Ends | Counts | Facing | Mask | Distinct | InBytes
 
 
 # What is promised
@@ -192,7 +222,8 @@ class Contract:
     """outputs: dtype of each: "x" that of argument x; "acc x" that, but at least fp32; of several arguments the widest; a
     dtype by name; or "x, acc x if wide & 4": another one if that bit of an integer is set. accumulate: the dtype of sums.
     order: of reductions. ties: which of equal candidates is taken. sets: the last axis of integers is a set, in any order.
-    tolerance: as TOLERANCE, where the op differs from it. draws: inputs by argument. ties_draws: inputs with ties."""
+    tolerance: as TOLERANCE, where the op differs from it. draws: inputs by argument. ties_draws: inputs with ties. in_bytes:
+    what outputs of uint8 stand for."""
 
     outputs: tuple[str, ...]
     accumulate: str = "at least fp32"
@@ -202,6 +233,7 @@ class Contract:
     tolerance: Mapping[torch.dtype, float] = field(default_factory=dict)
     draws: Mapping[str, Draw] = field(default_factory=dict)
     ties_draws: Mapping[str, Draw] = field(default_factory=dict)
+    in_bytes: InBytes | None = None
 
     def allowed(self, dtype: torch.dtype) -> float:
         """How far two results may lie apart when the narrowest plain input is of this dtype."""
@@ -250,7 +282,10 @@ def several(count: int) -> dict[str, Draw]:
     return draws | {f"s{i}": Scale() for i in range(count)}
 
 
+RING = InBytes("x", "cos")
+STORED_ROWS = InBytes("q", "stored", 1)
 KEYS: dict[str, Draw] = {
+    "ring": RING,
     "slot": Slots("ring"),
     "x": Normal(spread=True),
     "weight": Uniform(0.5, 1.5),
@@ -262,6 +297,7 @@ KEYS: dict[str, Draw] = {
 def memory(which: str) -> dict[str, Draw]:
     """Of a compressor, by the number behind its names."""
     return {
+        f"entries{which}": InBytes(f"weight{which}", f"cos{which}"),
         f"slot{which}": Slots(f"values{which}"),
         f"place{which}": Rows(f"ape{which}", 0),
         f"index{which}": Windows(f"values{which}"),
@@ -361,7 +397,11 @@ CONTRACTS: dict[str, Contract] = {
         },
     ),
     "append": Contract(("ring",), accumulate="no sums", draws={"slot": Slots("ring")}),
-    "norm_rope_append": Contract(("ring",), draws=KEYS),
+    "norm_rope_append": Contract(("ring",), draws=KEYS, in_bytes=RING),
+    "pack_kv": Contract(
+        ("uint8",), accumulate="no sums", draws={"x": Normal(spread=True)}, in_bytes=InBytes("x", "rope", 1)
+    ),
+    "unpack_kv": Contract(("float32",), accumulate="no sums", draws={"rows": InBytes("width", "rope", 1)}),
     "sinkhorn": Contract(
         ("acc logits",), order="rows, then columns and rows in turn, columns last", draws={"logits": Normal(2.0)}
     ),
@@ -420,7 +460,10 @@ CONTRACTS: dict[str, Contract] = {
         draws=memory("") | {"scales": Scale()},
     ),
     "compressor_append": Contract(
-        ("values", "gates", "entries"), order="maximum first, then sums over a window's rows", draws=memory("")
+        ("values", "gates", "entries"),
+        order="maximum first, then sums over a window's rows",
+        draws=memory(""),
+        in_bytes=InBytes("weight", "cos"),
     ),
     **{
         f"prologue_{name}": Contract(
@@ -431,6 +474,7 @@ CONTRACTS: dict[str, Contract] = {
                 "q": Normal(spread=True),
                 **{n: d for i in range(int(name[0])) for n, d in memory(str(i)).items()},
             },
+            in_bytes=RING,
         )
         for name, outputs in {
             "0": (),
@@ -460,6 +504,8 @@ CONTRACTS: dict[str, Contract] = {
         ("q",),
         order="one softmax over window and entries, maximum first",
         draws={
+            "keys": STORED_ROWS,
+            "entries": STORED_ROWS,
             "window": Rows("keys", 1, none=True),
             "index": Rows("entries", 1, none=True),
             "cos": Uniform(-1, 1),

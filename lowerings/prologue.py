@@ -16,7 +16,7 @@ from dsv4_compile.lowerings.compressor_append import (
     tensors_of,
 )
 from dsv4_compile.lowerings.compressor_append import shape_of as shape_of_compressor
-from dsv4_compile.lowerings.norm import DTYPES, repeated, table
+from dsv4_compile.lowerings.norm import DTYPES, kept_in, repeated, table
 from dsv4_compile.lowerings.rope import fits_with_rope, norm_rope
 from dsv4_compile.op import Cost, Op, Tensor, op
 
@@ -122,7 +122,7 @@ def shape_of(q: Any, keys: Any, compressors: Any) -> Any:
 
     weight = "none" if keys.weight is None else DTYPES[keys.weight.dtype]
     of_queries = OfNorm(q.x.shape[-1], DTYPES[q.x.dtype], "none", 2 * q.cos.shape[-1])
-    of_keys = OfNorm(keys.x.shape[-1], DTYPES[keys.x.dtype], weight, 2 * keys.cos.shape[-1], DTYPES[keys.ring.dtype])
+    of_keys = OfNorm(keys.x.shape[-1], DTYPES[keys.x.dtype], weight, 2 * keys.cos.shape[-1], kept_in(keys.ring))
     return Shape(of_queries, of_keys, tuple(shape_of_compressor(c) for c in compressors))
 
 

@@ -3,8 +3,9 @@
 import torch
 
 from dsv4_compile.lowerings.append import append, norm_rope_append
+from dsv4_compile.lowerings.kv import pack_kv
 from dsv4_compile.lowerings.rope import norm_rope
-from dsv4_compile.match import Made, Match, Scalar, T, head, known, rule, shape, term
+from dsv4_compile.match import Int, Made, Match, Scalar, T, head, known, rule, shape, term
 
 CACHE = dict(ring=T(5, 11, 19), slot=T(5, 7, dtype=torch.int64))
 
@@ -58,3 +59,26 @@ def round_the_ring(match: Match) -> bool:
 )
 def keys(ring, slot, x, weight, cos, sin, eps: Scalar):
     return append(ring, slot, norm_rope(x, weight, eps, cos, sin))
+
+
+# With rows in bytes: 48 of 19 channels, 6 of them rotary
+
+
+def in_bytes(match: Match) -> bool | str:
+    a = match.arguments
+    return known(a.pop("rope") == 2 * shape(a["cos"])[-1]) and round_the_ring(match)
+
+
+@rule(
+    norm_rope_append,
+    name="fuse.keys",
+    anchor=append,
+    check=in_bytes,
+    example=[
+        dict(ring=T(5, 11, 48, dtype=torch.uint8), slot=CACHE["slot"], x=T(5, 7, 19), weight=T(19), rope=6)
+        | dict(cos=T(b, 7, 3), sin=T(b, 7, 3))
+        for b in (5, 1)
+    ],
+)
+def keys_in_bytes(ring, slot, x, weight, cos, sin, rope: Int, eps: Scalar):
+    return append(ring, slot, pack_kv(norm_rope(x, weight, eps, cos, sin), rope))

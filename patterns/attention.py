@@ -6,8 +6,9 @@ Hugging Face has all rows and a dense mask. Where the mask is one that lists can
 import torch
 
 from dsv4_compile.lowerings.attention import attention, dense_attention
+from dsv4_compile.lowerings.kv import unpack_kv
 from dsv4_compile.lowerings.pointwise import softmax
-from dsv4_compile.match import Made, Match, Scalar, T, rule, shape
+from dsv4_compile.match import Int, Made, Match, Scalar, T, rule, shape
 from dsv4_compile.patterns.masks import between, index_lists, without_head
 
 LIST = torch.int64
@@ -81,6 +82,81 @@ def window_only_scaled(q, keys, window, sink, scale: Scalar):
 def window_and_entries_scaled(q, keys, window, entries, index, sink, scale: Scalar):
     rows = torch.cat([take(keys, window), take(entries, index)], 2)
     lists = torch.cat([window, index], 2)
+    s = on_window(logits(q, rows, lists, scale), sink, window.shape[-1])
+    return torch.softmax(absent(s, lists), -1) @ rows
+
+
+# Rows in bytes: 48 of 36 channels, 4 of them rotary.
+IN_BYTES = dict(q=T(3, 5, 6, 36), keys=T(3, 11, 48, dtype=torch.uint8), width=36, stored=4)
+ENTRIES_IN_BYTES = ENTRIES | dict(entries=T(3, 17, 48, dtype=torch.uint8))
+
+
+def stored_denominator(match: Match) -> bool | str:
+    del match.arguments["width"]
+    return declare(match, False)
+
+
+def stored_swa_scale(match: Match) -> bool | str:
+    del match.arguments["width"]
+    return declare(match, True)
+
+
+def both(keys, window, entries, index):
+    return torch.cat([take(keys, window), take(entries, index)], 2), torch.cat([window, index], 2)
+
+
+@rule(
+    attention,
+    name="fuse.attention",
+    anchor=softmax,
+    example=QUERY | IN_BYTES,
+    check=stored_denominator,
+    shared=SHARED,
+)
+def stored_window_only(q, keys, window, sink, width: Int, stored: Int, scale: Scalar):
+    rows = unpack_kv(take(keys, window), width, stored)
+    return with_sink(absent(logits(q, rows, window, scale), window), sink) @ rows
+
+
+@rule(
+    attention,
+    name="fuse.attention",
+    anchor=softmax,
+    example=QUERY | IN_BYTES | ENTRIES_IN_BYTES,
+    check=stored_denominator,
+    shared=SHARED,
+)
+def stored_window_and_entries(q, keys, window, entries, index, sink, width: Int, stored: Int, scale: Scalar):
+    rows, lists = both(keys, window, entries, index)
+    rows = unpack_kv(rows, width, stored)
+    return with_sink(absent(logits(q, rows, lists, scale), lists), sink) @ rows
+
+
+@rule(
+    attention,
+    name="fuse.attention",
+    anchor=softmax,
+    example=QUERY | IN_BYTES,
+    check=stored_swa_scale,
+    shared=SHARED,
+)
+def stored_window_only_scaled(q, keys, window, sink, width: Int, stored: Int, scale: Scalar):
+    rows = unpack_kv(take(keys, window), width, stored)
+    s = on_window(logits(q, rows, window, scale), sink, window.shape[-1])
+    return torch.softmax(absent(s, window), -1) @ rows
+
+
+@rule(
+    attention,
+    name="fuse.attention",
+    anchor=softmax,
+    example=QUERY | IN_BYTES | ENTRIES_IN_BYTES,
+    check=stored_swa_scale,
+    shared=SHARED,
+)
+def stored_window_and_entries_scaled(q, keys, window, entries, index, sink, width: Int, stored: Int, scale: Scalar):
+    rows, lists = both(keys, window, entries, index)
+    rows = unpack_kv(rows, width, stored)
     s = on_window(logits(q, rows, lists, scale), sink, window.shape[-1])
     return torch.softmax(absent(s, lists), -1) @ rows
 

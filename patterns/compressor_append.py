@@ -5,7 +5,8 @@ import torch
 from dsv4_compile.lowerings.append import append
 from dsv4_compile.lowerings.compressor import compressor
 from dsv4_compile.lowerings.compressor_append import compressor_append, compressor_append_fp8, quantized
-from dsv4_compile.match import Match, Scalar, T, rule
+from dsv4_compile.lowerings.kv import pack_kv
+from dsv4_compile.match import Int, Match, Scalar, T, known, rule, shape
 from dsv4_compile.patterns.append import by_position
 from dsv4_compile.patterns.compressor import ROWS, overlapping, separate
 
@@ -46,6 +47,50 @@ def overlap(values, gates, entries, slot, c, z, ape, place, index, weight, cos, 
 @rule(compressor_append, name="fuse.entries", anchor=compressor, example=memory(19), check=without_overlap)
 def plain(values, gates, entries, slot, c, z, ape, place, index, weight, cos, sin, target, eps: Scalar):
     return step(values, gates, entries, slot, c, z, ape, place, index, weight, cos, sin, target, eps, False)
+
+
+# With entries in bytes: 48 of 19 channels, 6 of them rotary
+
+
+def memory_in_bytes(C):
+    return memory(C) | {"entries": T(4, 13, 48, dtype=torch.uint8), "rope": 6}
+
+
+def in_bytes(match: Match) -> bool:
+    a = match.arguments
+    return known(a.pop("rope") == 2 * shape(a["cos"])[-1])
+
+
+def overlap_in_bytes(match: Match) -> bool:
+    return in_bytes(match) and with_overlap(match)
+
+
+def plain_in_bytes(match: Match) -> bool:
+    return in_bytes(match) and without_overlap(match)
+
+
+def step_in_bytes(values, gates, entries, slot, c, z, ape, place, index, weight, cos, sin, target, eps, overlap, rope):
+    values, gates = append(values, slot, c), append(gates, slot, z + ape[place])
+    e = compressor(values, gates, index, weight, cos, sin, eps, overlap)
+    return values, gates, append(entries, target, pack_kv(e, rope))
+
+
+@rule(compressor_append, name="fuse.entries", anchor=compressor, example=memory_in_bytes(38), check=overlap_in_bytes)
+def stored_overlap(
+    values, gates, entries, slot, c, z, ape, place, index, weight, cos, sin, target, rope: Int, eps: Scalar
+):
+    return step_in_bytes(
+        values, gates, entries, slot, c, z, ape, place, index, weight, cos, sin, target, eps, True, rope
+    )
+
+
+@rule(compressor_append, name="fuse.entries", anchor=compressor, example=memory_in_bytes(19), check=plain_in_bytes)
+def stored_plain(
+    values, gates, entries, slot, c, z, ape, place, index, weight, cos, sin, target, rope: Int, eps: Scalar
+):
+    return step_in_bytes(
+        values, gates, entries, slot, c, z, ape, place, index, weight, cos, sin, target, eps, False, rope
+    )
 
 
 # With entries in e4m3, each with a scale

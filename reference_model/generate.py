@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .model import DSV4
 from .sample import draw, sample
-from .state import State, still
+from .state import Dtype, State, still
 
 
 @torch.no_grad()
@@ -29,13 +29,15 @@ def generate(
     forward: Callable[..., Tensor] | None = None,
     stop: int | None = None,
     seed: int = 0,
-    index_dtype: torch.dtype | None = None,
+    index_dtype: Dtype = None,
+    kv_dtype: Dtype = None,
     **sampling: float,
 ) -> Iterator[Tensor]:
     """Yield the next tokens [B] int64, one step at a time, after `prompt` [B, T] int64.
 
     lengths [B]: real tokens in each row of a right-padded prompt. forward: what to call instead of `model`, such as its
-    compiled form. stop: end once every row has given this token. index_dtype: see `new_state`. sampling: see `sample`.
+    compiled form. stop: end once every row has given this token. index_dtype, kv_dtype: see `new_state`. sampling: see
+    `sample`.
     Raises ValueError if prompt and new tokens do not fit the model's context.
     """
     B, T = prompt.shape
@@ -46,7 +48,7 @@ def generate(
             "shorten the prompt or ask for fewer tokens"
         )
     forward = model if forward is None else forward
-    state = model.new_state(B, need, index_dtype=index_dtype)
+    state = model.new_state(B, need, index_dtype=index_dtype, kv_dtype=kv_dtype)
     generator = torch.Generator(prompt.device).manual_seed(seed)
     done = torch.zeros(B, dtype=torch.bool, device=prompt.device)
     logits = forward(prompt, state, last=1, lengths=lengths)

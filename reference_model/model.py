@@ -32,10 +32,10 @@ from .layers import (
     tail,
     take,
 )
-from .quant import dequantize_rows, quantize_rows
+from .quant import dequantize_rows, quantize_rows, stored_as, unpack_kv
 from .repeated import Repeated, region
 from .schedule import CSA, HCA, SWA, rotation
-from .state import Chunk, CompressorState, LayerState, Selection, State, Windows
+from .state import Chunk, CompressorState, Dtype, LayerState, Selection, State, Windows
 
 
 class HyperConnection(Exact):
@@ -132,10 +132,9 @@ class Compressor(Exact):
             put(state.entries, windows.slot, codes)
             put(state.scales, windows.slot, scale)
             return dequantize_rows(state.entries[:, :-1], state.scales[:, :-1], e.dtype)
-        e = e.to(x.dtype)
         if state is None:
-            return e
-        put(state.entries, windows.slot, e)
+            return e.to(x.dtype)
+        put(state.entries, windows.slot, stored_as(state.entries, e, 2 * cos.shape[-1]))
         return state.entries[:, :-1]
 
 
@@ -215,7 +214,8 @@ class Attention(Exact):
         q = self.wq_b(qr).unflatten(-1, (self.heads, self.width))  # [B, T, h, d]
         q = rope(rms_norm(q, None, self.eps), cos, sin)
         kv = rope(self.kv_norm(self.wkv(x)), cos.squeeze(2), sin.squeeze(2))  # [B, T, d]
-        keys = step.chunk.extend(None if state is None else state.kv, kv)  # [B, S, d]
+        memory, dr = None if state is None else state.kv, 2 * cos.shape[-1]
+        keys = step.chunk.extend(memory, stored_as(memory, kv, dr))  # [B, S, d], or bytes
         entries = index = None
         if kind != SWA:
             entries = self.compressor(x, step, None if state is None else state.compressor)  # [B, E, d]
@@ -226,7 +226,7 @@ class Attention(Exact):
         elif kind == CSA:
             index = pick
             self.indexer.compressor(x, step, None if state is None else state.indexer)  # its memory goes on
-        o = attend(q, keys, step.window, entries, index, self.attn_sink, self.sink_mode)  # [B, T, h, d]
+        o = attend(q, keys, step.window, entries, index, self.attn_sink, self.sink_mode, dr)  # [B, T, h, d]
         o = rope(o, cos, -sin).flatten(-2).unflatten(-1, (groups, -1))  # [B, T, g, h d / g]
         wo_a = self.wo_a.dense(x.dtype).unflatten(0, (groups, -1))  # [g, dg, h d / g]
         u = torch.einsum("btgk,grk->btgr", o, wo_a)
@@ -234,24 +234,25 @@ class Attention(Exact):
 
 
 def attend(
-    q: Tensor, keys: Tensor, window: Tensor, entries: Tensor | None, index: Tensor | None, sink: Tensor, sink_mode: str
+    q: Tensor, kv: Tensor, window: Tensor, entries: Tensor | None, index: Tensor | None, sink: Tensor, mode: str, r: int
 ) -> Tensor:
-    """q [B, T, h, d] against the rows `window` [B, T, W] of keys [B, S, d] and `index` [B, T, K] of entries [B, E, d].
+    """q [B, T, h, d] against the rows `window` [B, T, W] of kv [B, S, d] and `index` [B, T, K] of entries [B, E, d]; or of both
+    in bytes, r channels rotary (`pack_kv`).
 
     "denominator" (as released): the sink is one more logit, without a value. "swa_scale": it is added to the window's
     logits, o = (e^lse_c o_c + e^sink e^lse_w o_w) / (e^lse_c + e^sink e^lse_w).
     """
     W = window.shape[-1]
-    rows = take(keys, window)  # [B, T, W, d]
+    rows = take(kv, window)  # [B, T, W, d]
     if entries is not None and index is not None:
         rows = torch.cat([rows, take(entries, index)], 2)  # [B, T, W + K, d]
         window = torch.cat([window, index], 2)
-    rows = acc(rows)
+    rows = (unpack_kv(rows, q.shape[-1], r) if rows.dtype == torch.uint8 else rows).to(acc(q).dtype)
     s = acc(q) @ rows.transpose(-1, -2) * q.shape[-1] ** -0.5  # [B, T, h, W + K]
-    if sink_mode == "swa_scale":
+    if mode == "swa_scale":
         s = torch.cat([s[..., :W] + sink.unsqueeze(-1), s[..., W:]], -1)
     s = s.masked_fill((window < 0).unsqueeze(2), float("-inf"))
-    if sink_mode == "denominator":
+    if mode == "denominator":
         s = torch.cat([s, sink.unsqueeze(-1).expand(*s.shape[:-1], 1)], -1)
         p = torch.softmax(s, -1)[..., :-1]
     else:
@@ -568,12 +569,12 @@ class DSV4(nn.Module):
         chunk = Chunk(T, start, lengths, None if state is None else state.draft)
         return Step(self.config, self.tables, chunk, None if state is None else state.max_len)
 
-    def new_state(self, batch: int, max_len: int, draft: int = 0, index_dtype: torch.dtype | None = None) -> State:
-        """Empty generation state for `batch` sequences of up to `max_len` tokens; `draft` > 0 leaves room to rewind that
-        many tokens. On the model's device, keys in its compute dtype; those of the indexer in `index_dtype`, if it is
-        torch.float8_e4m3fn: half the bytes, which decode at long context is bound by, for scores of keys that are 2.7 % off."""
+    def new_state(
+        self, batch: int, max_len: int, draft: int = 0, index_dtype: Dtype = None, kv_dtype: Dtype = None
+    ) -> State:
+        """Empty generation state (`State.empty`) on the model's device, by default of its compute dtype."""
         weight = self.embed.weight
-        return State.empty(self.config, batch, max_len, draft, weight.device, weight.dtype, index_dtype)
+        return State.empty(self.config, batch, max_len, draft, weight.device, weight.dtype, index_dtype, kv_dtype)
 
     def check(self, tokens: Tensor, state: State | None, last: int | None, lengths: Tensor | None, mtp: bool) -> None:
         """Reject what would give nonsense later; shapes and dtypes only, never values."""

@@ -6,6 +6,8 @@ constant copied to the device at every call, which CUDA graphs forbid; e2m1 is d
 Source: DeepSeek-V4, Checkpoints.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -113,6 +115,53 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The opposite of `quantize_rows`, in `dtype`, which bf16 suffices for."""
     return codes.to(dtype) * scale.to(dtype)
+
+
+# Rows of a cache of keys whose last channels carry a position: DeepSeek-V4, KV cache schema, FP8.
+KV_BLOCK, ALIGNMENT = 64, 16  # channels that share a scale; bytes that a row is a multiple of
+LEAST_KV = 1e-4  # the largest magnitude of a block counts as at least this
+
+
+def kv_layout(width: int, rope: int) -> tuple[int, int, int]:
+    """Of rows of `width` channels, the last `rope` rotary: blocks, channels of a block, bytes of a row. Where 64 does not
+    divide the others, a block is the largest power of two that does."""
+    block = math.gcd(width - rope, KV_BLOCK)
+    blocks = (width - rope) // block
+    return blocks, block, -(-(width + rope + blocks) // ALIGNMENT) * ALIGNMENT
+
+
+def pack_kv(x: Tensor, rope: int) -> Tensor:
+    """Rows x [..., d] -> uint8 [..., bytes] as `kv_layout` has them: d - rope codes e4m3; `rope` numbers in bf16; for each
+    block of codes the byte of its e8m0 scale; zeros. Of the published models: 448 + 128 + 7 + 9 = 592 bytes for 1,024.
+
+    The bytes that FlashMLA reads, but its scales stand at the end of a page: here a row is one piece that every reader can
+    have, aligned for copies of 16 bytes, an odd number of which lies in shared memory without conflicts of banks. The
+    scale is the least power of two with which the block's largest magnitude fits, and products with it are exact.
+    """
+    blocks, block, size = kv_layout(x.shape[-1], rope)
+    plain, turned = x[..., :-rope], x[..., -rope:]
+    plain = plain.unflatten(-1, (blocks, block))
+    bits = (plain.abs().amax(-1, keepdim=True).float().clamp(min=LEAST_KV) / FP8_MAX).view(torch.int32)
+    exponent = (((bits - 1) >> 23) + 1).clamp(max=255)  # rounded up; of what is not finite 255, which is none
+    codes = (plain / (exponent << 23).view(torch.float32)).to(torch.float8_e4m3fn).view(torch.uint8)
+    turned = turned.to(torch.bfloat16).contiguous().view(torch.uint8)
+    zeros = torch.zeros(*x.shape[:-1], size - x.shape[-1] - rope - blocks, dtype=torch.uint8, device=x.device)
+    return torch.cat([codes.flatten(-2), turned, exponent.squeeze(-1).to(torch.uint8), zeros], -1)
+
+
+def unpack_kv(rows: Tensor, width: int, rope: int) -> Tensor:
+    """The opposite of `pack_kv`, fp32; bf16 would suffice."""
+    blocks, block, _ = kv_layout(width, rope)
+    codes, turned = rows[..., : width - rope], rows[..., width - rope : width + rope]
+    exponent = rows[..., width + rope :][..., :blocks]
+    scale = (exponent.int() << 23).view(torch.float32).unsqueeze(-1)
+    plain = codes.view(torch.float8_e4m3fn).unflatten(-1, (blocks, block)).float() * scale
+    return torch.cat([plain.flatten(-2), turned.view(torch.bfloat16).float()], -1)
+
+
+def stored_as(cache: Tensor | None, x: Tensor, rope: int) -> Tensor:
+    """x as this cache holds rows: bytes, or numbers of any dtype."""
+    return x if cache is None or cache.dtype != torch.uint8 else pack_kv(x, rope)
 
 
 def _empty(weight: Tensor, format: str) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from .config import DSV4Config
 from .layers import put, take
+from .quant import kv_layout
 from .schedule import CSA, SWA
+
+Dtype = torch.dtype | None
 
 
 def still(x: Tensor) -> Tensor:
@@ -66,7 +69,8 @@ class CompressorState(Parts):
 
 @dataclass
 class LayerState:
-    """kv [B, W + draft, d] ring of keys (= values); `compressor` unless the layer is SWA only; `indexer` for CSA."""
+    """kv [B, W + draft, d] ring of keys (= values), with the compressor's entries perhaps in bytes (`pack_kv`); `compressor`
+    unless the layer is SWA only; `indexer` for CSA."""
 
     kv: Tensor
     compressor: CompressorState | None = None
@@ -107,10 +111,14 @@ class State:
         draft: int,
         device,
         dtype: torch.dtype,
-        index_dtype: torch.dtype | None = None,
+        index_dtype: Dtype = None,
+        kv_dtype: Dtype = None,
     ) -> "State":
-        """The state before the first token, for up to `max_len` tokens a row; kv in `dtype`, the indexer's keys in
-        `index_dtype` if given: e4m3, with a scale for each (`quantize_rows`)."""
+        """The state before the first token, for `batch` sequences of up to `max_len` tokens; `draft` > 0 leaves room to rewind
+        that many. Keys are of `dtype`, but two kinds may be stored in less, by torch.float8_e4m3fn: those of the indexer
+        (`index_dtype`), each with a scale (`quantize_rows`): half the bytes, which decode at long context is bound by, for
+        scores of keys that are 2.7 % off; and those of attention (`kv_dtype`), window and entries: rows of bytes
+        (`pack_kv`), 592 for 1,024."""
         if batch < 1 or max_len < 1 or draft < 0:
             raise ValueError(f"a state needs batch >= 1, max_len >= 1, draft >= 0; got {batch=}, {max_len=}, {draft=}")
         if max_len > config.max_position_embeddings:
@@ -120,25 +128,31 @@ class State:
             )
         if index_dtype not in (None, dtype, torch.float8_e4m3fn):
             raise ValueError(f"index_dtype {index_dtype}: expected torch.float8_e4m3fn, or that of the model ({dtype})")
+        if kv_dtype not in (None, dtype, torch.float8_e4m3fn):
+            raise ValueError(f"kv_dtype {kv_dtype}: expected torch.float8_e4m3fn, or that of the model ({dtype})")
         d, exact = config.head_dim, torch.promote_types(dtype, torch.float32)
 
         def zeros(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
             return still(torch.zeros(batch, rows, columns, device=device, dtype=dtype))
 
-        def compressor(kind: str, width: int, of_entries: torch.dtype = dtype) -> CompressorState:
+        in_bytes = kv_dtype == torch.float8_e4m3fn
+        row = kv_layout(d, config.qk_rope_head_dim)[-1] if in_bytes else d
+        of_kv = torch.uint8 if in_bytes else dtype
+
+        def compressor(kind: str, width: int, row: int, of_entries: torch.dtype) -> CompressorState:
             rows, columns = ring(config, kind, width, draft)
             count = -(-max_len // config.rate(kind)) + 1
             scales = zeros(count, 1, torch.float32) if of_entries == torch.float8_e4m3fn else None
-            entries = zeros(count, width, of_entries)
+            entries = zeros(count, row, of_entries)
             return CompressorState(zeros(rows, columns, exact), zeros(rows, columns, exact), entries, scales)
 
         layers = []
         for kind in (*config.layer_types, *[SWA] * config.num_nextn_predict_layers):
-            layer = LayerState(zeros(config.sliding_window + draft, d, dtype))
+            layer = LayerState(zeros(config.sliding_window + draft, row, of_kv))
             if kind != SWA:
-                layer.compressor = compressor(kind, d)
+                layer.compressor = compressor(kind, d, row, of_kv)
             if kind == CSA:
-                layer.indexer = compressor(kind, config.index_head_dim, index_dtype or dtype)
+                layer.indexer = compressor(kind, config.index_head_dim, config.index_head_dim, index_dtype or dtype)
             layers.append(layer)
         return State(still(torch.zeros(batch, device=device, dtype=torch.int64)), layers, max_len, draft)
 
@@ -148,15 +162,21 @@ class State:
         torch.compile(dynamic=True) learns here which sizes are those of the model. It must not learn it inside a layer:
         torch 2.13 fails with a KeyError where a second layer takes a size that the first one's region made a constant.
         """
-        kv = [config.sliding_window + self.draft, config.head_dim]
+        in_bytes = self.layers[0].kv.dtype == torch.uint8
+        row = kv_layout(config.head_dim, config.qk_rope_head_dim)[-1] if in_bytes else config.head_dim
+        kv = [config.sliding_window + self.draft, row]
         for kind, layer in dict(zip(config.layer_types, self.layers, strict=False)).items():
             if list(layer.kv.shape[1:]) != kv or (layer.compressor is None) != (kind == SWA):
                 return False
-            for memory, width in (layer.compressor, config.head_dim), (layer.indexer, config.index_head_dim):
+            kept = (
+                (layer.compressor, config.head_dim, row),
+                (layer.indexer, config.index_head_dim, config.index_head_dim),
+            )
+            for memory, width, of_entries in kept:
                 if memory is not None:
                     rows = list(ring(config, kind, width, self.draft))
                     rings = [memory.values.shape[1:], memory.gates.shape[1:]]
-                    if [list(r) for r in rings] != [rows, rows] or memory.entries.shape[2] != width:
+                    if [list(r) for r in rings] != [rows, rows] or memory.entries.shape[2] != of_entries:
                         return False
         return len(self.layers) == config.num_hidden_layers + config.num_nextn_predict_layers
 

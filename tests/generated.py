@@ -20,6 +20,7 @@ from dsv4_compile.lowerings.compressor_append import compressor_append, compress
 from dsv4_compile.lowerings.experts import experts
 from dsv4_compile.lowerings.head import head
 from dsv4_compile.lowerings.indexer import indexer
+from dsv4_compile.lowerings.kv import pack_kv, unpack_kv
 from dsv4_compile.lowerings.linear import grouped_linear, linear, linear_wide
 from dsv4_compile.lowerings.linears import LINEARS, NORMED
 from dsv4_compile.lowerings.mhc import mhc_head, mhc_post, mhc_pre
@@ -83,6 +84,11 @@ class Draw:
     def tables(self, *shape: int) -> tuple[Tensor, Tensor]:
         angle = self.uniform(-3, 3, *shape)
         return angle.cos(), angle.sin()
+
+    def cache(self, dtype: torch.dtype | str, dr: int, *shape: int) -> Tensor:
+        """Rows in bytes, or of a dtype."""
+        x = self.normal(*shape)
+        return pack_kv.meaning(x, dr) if dtype == "bytes" else x.to(dtype)
 
     def slots(self, B: int, S: int, T: int) -> Tensor:
         """Distinct places [B, T] among S."""
@@ -165,13 +171,13 @@ def of_norm_rope(d: Draw, D: int, dr: int, dtype: torch.dtype, weight: torch.dty
     return dict(x=d.normal(B, T, h, D, dtype=dtype, spread=True), weight=weight_, eps=EPS, cos=cos, sin=sin)
 
 
-def of_norm_rope_append(d: Draw, D: int, dr: int, dtype: torch.dtype, ring: torch.dtype) -> Arguments:
+def of_norm_rope_append(d: Draw, D: int, dr: int, dtype: torch.dtype, ring: torch.dtype | str) -> Arguments:
     B, T = d.size.choice(((1, 1), (3, 1), (2, 5), (1, 33), (64, 1)))
     S = T + d.size.choice((0, 1, 7, 100))
     slot = d.slots(B, S, T) + S * d.how.choice((0, 1, 9))  # positions beyond the ring
     cos, sin = d.tables(d.size.choice((1, B)), T, dr // 2)
     x = d.normal(B, T, D, dtype=dtype, spread=True)
-    return dict(ring=d.normal(B, S, D, dtype=ring), slot=slot, x=x, weight=d.weight(D), eps=EPS, cos=cos, sin=sin)
+    return dict(ring=d.cache(ring, dr, B, S, D), slot=slot, x=x, weight=d.weight(D), eps=EPS, cos=cos, sin=sin)
 
 
 def windows(d: Draw, B: int, n: int, R: int, S: int) -> Tensor:
@@ -190,14 +196,14 @@ def of_compressor(d: Draw, D: int, m: int, dr: int, overlap: bool, weight: torch
 
 
 def of_compressor_append(
-    d: Draw, D: int, m: int, dr: int, overlap: bool, entries: torch.dtype, B: int | None = None
+    d: Draw, D: int, m: int, dr: int, overlap: bool, entries: torch.dtype | str, B: int | None = None
 ) -> Arguments:
     B, R, C = B or d.size.choice((1, 2, 5, 64)), m * (1 + overlap), D * (1 + overlap)
     S, P = R + d.size.choice((0, 1, 40)), d.size.choice((1, 2, 33))
     slot, index = d.slots(B, S, 1), windows(d, B, 1, R, S)
     index[:, :, -1] = torch.where(index[:, :, -1] < 0, -1, slot)  # reads what is written
     cos, sin = d.tables(B, 1, dr // 2)
-    found = dict(values=d.normal(B, S, C), gates=2 * d.normal(B, S, C), entries=d.normal(B, P, D, dtype=entries))
+    found = dict(values=d.normal(B, S, C), gates=2 * d.normal(B, S, C), entries=d.cache(entries, dr, B, P, D))
     found |= dict(slot=slot + S * d.how.choice((0, 3)), c=d.normal(B, 1, C), z=d.normal(B, 1, C), ape=d.normal(m, C))
     found |= {} if entries != e4m3 else dict(scales=2.0 ** d.integers(-9, 1, B, P, 1).float())
     found |= dict(place=d.integers(0, 9 * m, B, 1), index=index, weight=d.weight(D), cos=cos, sin=sin)
@@ -214,7 +220,7 @@ def of_prologue(d: Draw, h: int, D: int, dr: int, dtype: Any, ring: Any, *compre
     found = dict(
         q=d.normal(B, 1, h, D, dtype=dtype, spread=True), q_eps=EPS, q_cos=q_cos, q_sin=q_sin, cos=cos, sin=sin
     )
-    found |= dict(ring=d.normal(B, S, D, dtype=ring), slot=d.slots(B, S, 1) + S * d.how.choice((0, 2)), eps=EPS)
+    found |= dict(ring=d.cache(ring, dr, B, S, D), slot=d.slots(B, S, 1) + S * d.how.choice((0, 2)), eps=EPS)
     found |= dict(x=d.normal(B, 1, D, dtype=dtype, spread=True), weight=d.weight(D))
     for i, spec in enumerate(compressors):
         found |= {f"{name}{i}": x for name, x in of_compressor_append(d, *spec, B=B).items()}
@@ -224,19 +230,22 @@ def of_prologue(d: Draw, h: int, D: int, dr: int, dtype: Any, ring: Any, *compre
 # Attention and the choice of entries
 
 
-def of_attention(d: Draw, h: int, D: int, dtype: torch.dtype, second: bool, on_window: bool, dr: int) -> Arguments:
+def of_attention(
+    d: Draw, h: int, D: int, dtype: torch.dtype, second: bool, on_window: bool, dr: int, stored: int = 0
+) -> Arguments:
+    """stored: rotary channels of rows in bytes."""
     B, T = d.size.choice(((1, 1), (1, 1), (3, 1), (2, 2), (8, 1), (21, 3)))
     W, K = d.size.choice(LENGTHS), d.size.choice(LENGTHS) if second else None
     if B * T == 1 and second and d.size.random() < 0.3:
         K = 2500  # several blocks, and clusters of them, for one query
     S, E = d.size.choice((1, 40, 200)), d.size.choice((1, 300))
     found: Arguments = dict(
-        q=d.normal(B, T, h, D, dtype=dtype), sink=d.normal(h), scale=D**-0.5, sink_on_window=on_window
+        q=d.normal(B, T, h, D, dtype=dtype), sink=d.normal(h), scale=D**-0.5, sink_on_window=on_window, stored=stored
     )
     pairs = [("keys", "window", S, W)] + ([("entries", "index", E, K)] if second else [])
     for rows, lists, count, length in pairs:
         found[lists] = d.among(count, B, T, length)
-        found[rows] = d.normal(B, count, D, dtype=dtype)
+        found[rows] = d.cache("bytes" if stored else dtype, stored, B, count, D)
     if on_window and not sum(found[lists].shape[-1] for _, lists, _, _ in pairs):
         found["window"] = torch.zeros(B, T, 1, dtype=torch.int64)
     if on_window:  # a query without any row is undefined
@@ -244,7 +253,7 @@ def of_attention(d: Draw, h: int, D: int, dtype: torch.dtype, second: bool, on_w
         found[first][..., 0] = found[first][..., 0].clamp(min=0)
     for rows, lists, count, _ in pairs:  # what nobody names is never read
         named = torch.zeros(B, count + 1, dtype=torch.bool).scatter_(1, found[lists].reshape(B, -1) + 1, True)[:, 1:]
-        found[rows][~named] = float("nan")
+        found[rows][~named] = 0xFF if stored else float("nan")  # of a scale infinity, of all else NaN
     found |= {} if second else dict(entries=None, index=None)
     if dr:
         found["cos"], found["sin"] = d.tables(d.size.choice((1, B)), d.size.choice((1, T)), 1, dr // 2)
@@ -253,8 +262,10 @@ def of_attention(d: Draw, h: int, D: int, dtype: torch.dtype, second: bool, on_w
 
 def attention_without_strangers(op: Op, arguments: Arguments) -> Tensor:
     """Rows that no list names take no part, whatever is in them; a query without rows gives 0."""
-    plain = {n: None if arguments[n] is None else arguments[n].nan_to_num() for n in ("keys", "entries")}
-    return op.meaning(**arguments | plain)
+    D, dr = arguments["q"].shape[-1], arguments["stored"]
+    plain = {n: x for n in ("keys", "entries") if (x := arguments[n]) is not None}
+    plain = {n: (unpack_kv.meaning(x, D, dr).double() if dr else x).nan_to_num() for n, x in plain.items()}
+    return op.meaning(**arguments | plain | {"stored": 0})
 
 
 def of_indexer(d: Draw, h: int, D: int, weights: torch.dtype, dr: int, keys: torch.dtype = bf16) -> Arguments:
@@ -410,7 +421,10 @@ NORMS = (
     (16384, bf16, bf16),
 )
 TURNED = ((512, 64, bf16, None), (48, 16, bf16, fp32), (36, 6, fp32, bf16), (128, 128, fp32, fp32))
-KEYS = ((512, 64, bf16, bf16), (20, 6, bf16, fp32), (64, 16, fp32, bf16), (132, 4, fp32, fp32))
+KEYS = (
+    *((512, 64, bf16, bf16), (20, 6, bf16, fp32), (64, 16, fp32, bf16), (132, 4, fp32, fp32)),
+    *((512, 64, bf16, "bytes"), (144, 16, fp32, "bytes")),
+)
 WINDOWS = (
     (512, 4, 64, True, fp32),
     (128, 4, 64, True, bf16),
@@ -424,6 +438,9 @@ MEMORY = (
     (512, 128, 64, False, bf16),
     (20, 3, 6, True, fp32),
     (132, 1, 132, False, bf16),
+    (512, 4, 64, True, "bytes"),
+    (512, 128, 64, False, "bytes"),
+    (72, 3, 8, True, "bytes"),
 )
 ATTENTION = (
     (64, 512, bf16, True, False, 64),
@@ -439,6 +456,10 @@ ATTENTION = (
     (3, 1000, fp32, False, False, 10),
     (70, 256, bf16, True, True, 16),
     (64, 512, bf16, True, True, 64),
+    (64, 512, bf16, True, False, 64, 64),
+    (128, 512, bf16, True, False, 0, 64),
+    (33, 256, bf16, True, True, 16, 64),
+    (5, 256, bf16, False, False, 0, 64),
 )
 SCALED = ((128, 4, 64, True, e4m3), (20, 3, 6, True, e4m3), (64, 128, 16, False, e4m3), (128, 1, 128, False, e4m3))
 INDEXER = (
@@ -493,6 +514,7 @@ EXPERTS = (
     (2, 4, 12, 64, 96, 32, "bf16", "fp8 fp32", False, 3, fp32),
 )
 PROLOGUE = ((64, 512, 64, bf16, bf16), (3, 48, 16, bf16, fp32), (5, 128, 8, fp32, bf16))
+IN_BYTES = (64, 512, 64, bf16, "bytes")
 SHARED = (
     (1, 17, 64, "bf16", bf16),
     (2, 200, 1056, "fp8", bf16),
@@ -541,16 +563,26 @@ FAMILIES = {
         Family(moe, MOE, of_moe),
         Family(shared_expert, SHARED, of_shared_expert),
         Family(experts, EXPERTS, of_experts),
-        Family(PROLOGUES[0], PROLOGUE, of_prologue),
+        Family(PROLOGUES[0], (*PROLOGUE, IN_BYTES), of_prologue),
         Family(
             PROLOGUES[1],
-            tuple((*p, m) for p, m in zip(PROLOGUE, (MEMORY[2], MEMORY[3], MEMORY[0]), strict=True)),
+            tuple((*p, m) for p, m in zip((*PROLOGUE, IN_BYTES), (*MEMORY[2:4], MEMORY[0], MEMORY[6]), strict=True)),
             of_prologue,
         ),
-        Family(PROLOGUES[2], ((*PROLOGUE[0], MEMORY[0], MEMORY[1]), (*PROLOGUE[1], MEMORY[3], MEMORY[3])), of_prologue),
+        Family(
+            PROLOGUES[2],
+            (
+                *((*PROLOGUE[0], MEMORY[0], MEMORY[1]), (*PROLOGUE[1], MEMORY[3], MEMORY[3])),
+                (*IN_BYTES, MEMORY[5], MEMORY[1]),
+            ),
+            of_prologue,
+        ),
         Family(
             PROLOGUES["2_fp8"],
-            ((*PROLOGUE[0], MEMORY[0], SCALED[0]), (*PROLOGUE[1], MEMORY[3], SCALED[1])),
+            (
+                *((*PROLOGUE[0], MEMORY[0], SCALED[0]), (*PROLOGUE[1], MEMORY[3], SCALED[1])),
+                (*IN_BYTES, MEMORY[5], SCALED[0]),
+            ),
             of_prologue,
         ),
         streams(mhc_pre, *STREAMS),

@@ -95,7 +95,7 @@ def test_entries_in_e4m3_have_the_least_scale_that_fits(overlap):
 
 
 def test_costs_count_rings_and_windows():
-    cost = compressor_append.symbolic_cost().at(B=2, T=1, C=1024, n=1, R=8, d=512, bits=16)
+    cost = compressor_append.symbolic_cost().at(B=2, T=1, C=1024, n=1, R=8, d=512, bytes=1024)
     assert cost.write == 2 * (8 * 1024 + 2 * 512) and cost.read == 2 * (12 * 1024 + 8 * 8 * 512 + 8 * 8)
 
 

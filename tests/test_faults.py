@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,10 +30,18 @@ from dsv4_compile.patterns import RULES
 from dsv4_compile.reference_model import DSV4, DSV4Config
 from dsv4_compile.reporting.report import Site
 
-SPEC = importlib.util.spec_from_file_location("faults", Path(__file__).with_name("faults.py"))
-faults = importlib.util.module_from_spec(SPEC)  # test files do not import each other: this one holds no tests
-sys.modules["faults"] = faults
-SPEC.loader.exec_module(faults)
+
+def loaded(name: str) -> Any:
+    """Test files do not import each other: these hold no tests."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+faults = loaded("faults")
+GENERAL = len(faults.FAULTS)
+loaded("faults_in_bytes")
 
 KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
 CONFIG = Config(regions=False, inner="eager", lowerings=("cpu",))
@@ -40,7 +49,8 @@ THRESHOLD = 1e-4  # of logits up to about 4; all rewrites together are off by le
 ALL = os.environ.get("DSV4_TEST_FAULTS") == "all"
 E4M3 = torch.float8_e4m3fn  # of the indexer's keys
 MTP = [f for f in faults.FAULTS if f.op == "mtp_join"]
-HERE = [f for f in faults.FAULTS if f not in MTP]  # in the larger model
+IN_BYTES = faults.FAULTS[GENERAL:]
+HERE = [f for f in faults.FAULTS[:GENERAL] if f not in MTP]  # in the larger model
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +109,21 @@ def drawn(config: DSV4Config) -> DSV4:
         if p.dtype == torch.float32 and bool((p == p.flatten()[0]).all()):
             p.add_(torch.randn_like(p) * 0.3)
     return model
+
+
+def in_bytes() -> Captured:
+    """One layer of HCA, whose keys are rows of bytes."""
+    torch.manual_seed(0)
+    config = DSV4Config.tiny().replace(
+        num_hidden_layers=1,
+        layer_types=KINDS[2:],
+        mlp_layer_types=("moe",),
+        hc_sinkhorn_iters=2,
+        num_nextn_predict_layers=0,
+    )
+    model = drawn(config)
+    state = model.new_state(2, 32, 18, kv_dtype=E4M3)
+    return Captured(model, (torch.randint(0, config.vocab_size, (2, 19)), state), {})
 
 
 class Predicts(torch.nn.Module):
@@ -238,6 +263,11 @@ def test_bisect_names_the_faults(captured, sites, names):
 def test_verify_catches_the_faults_of_mtp(predicting):
     sites = places(predicting)
     assert [name for fault in MTP for name in passed(predicting, sites, [fault])] == []
+
+
+def test_verify_catches_the_faults_of_keys_in_bytes():
+    captured, sites = current(in_bytes)
+    assert [name for fault in IN_BYTES for name in passed(captured, sites, [fault])] == []
 
 
 def test_bisect_names_faults_that_show_only_together(predicting):

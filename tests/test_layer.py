@@ -236,19 +236,24 @@ def test_it_runs_on_a_cpu(module, monkeypatch, tmp_path, capsys):
     assert layer.main(["--model", "nano", "--formats", "bf16", "--arms", "eager", "--context", "32,64", "--batch", "2",
                        "--json", str(file)]) == 0  # fmt: skip
     assert layer.main(["--model", "nano", "--formats", "bf16", "--arms", "eager", "--context", "64", "--index-keys", "fp8",
-                       "--json", str(tmp_path / "fp8.json")]) == 0  # fmt: skip
+                       "--kv", "fp8", "--json", str(tmp_path / "fp8.json")]) == 0  # fmt: skip
     (stored,) = json.loads((tmp_path / "fp8.json").read_text())["results"]
-    assert stored["index_keys"] == "fp8" and "index keys fp8, eager" in capsys.readouterr().out
+    assert stored["index_keys"] == stored["kv"] == "fp8"
+    assert "index keys fp8, KV fp8, eager" in capsys.readouterr().out
     one, two = json.loads(file.read_text())["results"]
     assert (one["context"], two["context"]) == (32, 64) and one["step_us"] > 0 and one["parts"] == []
     floors = [[x["floor_us"] for x in r["layers"]] for r in (one, two)]
     assert all(a <= b for a, b in zip(*floors, strict=True)) and floors[0][1] < floors[1][1]
     assert [x["layer"] for x in one["layers"]] == ["SWA, hash", "CSA", "HCA", "CSA again"]
     net = model.model_of(model.config_of("nano", "bf16"), torch.device("cpu"))
-    many, less = ([x["floor_us"] for x in layer.floors_of(net, 8, 2000, keys, 1e6)] for keys in ("bf16", "fp8"))
+    kept = ("bf16", "bf16"), ("fp8", "bf16"), ("bf16", "fp8")
+    many, less, least = ([x["floor_us"] for x in layer.floors_of(net, 8, 2000, k, 1e6)] for k in kept)
     bytes_of = [x - y for x, y in zip(many, less, strict=True)]
     read = 8 * 500 * (2 * small.index_head_dim - small.index_head_dim - 4)
     assert bytes_of[0] == bytes_of[2] == 0 and bytes_of[1] == bytes_of[3] == pytest.approx(read)
+    of_hca, row = many[2] - least[2], 2 * small.head_dim - 80
+    entries = 2000 // small.rate("heavily_compressed_attention")
+    assert of_hca == pytest.approx(8 * (entries + small.sliding_window) * row)
 
 
 def test_what_a_profile_says_is_told_drawn_and_written(module, monkeypatch, tmp_path, capsys):

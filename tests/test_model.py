@@ -1,5 +1,6 @@
 """The reference model agrees with itself: however tokens are fed, at whatever precision, with whatever options."""
 
+import copy
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from dsv4_compile.reference_model import DSV4, DSV4Config, Selection, State, generate, sample
 from dsv4_compile.reference_model import model as reference
-from dsv4_compile.reference_model.quant import dequantize_rows
+from dsv4_compile.reference_model.quant import dequantize_rows, pack_kv, unpack_kv
 
 LENGTH = 45  # crosses windows of 4 and 8 and wraps the ring of 12
 
@@ -292,6 +293,44 @@ def test_a_state_takes_index_keys_in_e4m3_or_as_the_model_has_them(model):
         ValueError, match=r"index_dtype torch.float16: expected torch.float8_e4m3fn, or that of the model"
     ):
         model.new_state(2, 64, index_dtype=torch.float16)
+
+
+def test_kv_in_e4m3_is_kv_rounded_by_hand_however_tokens_are_fed(model, tokens, monkeypatch):
+    """Logits of a prefill, of chunks and of single tokens, and all that is remembered, are those of keys that are rounded
+    before they are stored. In fp64, for what differs by a bit of fp32 may be rounded to the next of 8 bits."""
+    model = copy.deepcopy(model).double()
+    e4m3, dr, d = torch.float8_e4m3fn, model.config.qk_rope_head_dim, model.config.head_dim
+    rounded = lambda cache, x, rope: unpack_kv(pack_kv(x, rope), d, rope)  # noqa: E731
+    states, logits = [], []
+    for kv_dtype, chunks in (e4m3, [LENGTH]), (e4m3, [7, 12, 1, 25]), (e4m3, [1] * LENGTH), (None, [7, 12, 1, 25]):
+        if kv_dtype is None:  # a compressor asks whether its cache is in bytes, by the same function
+            monkeypatch.setattr(reference, "stored_as", lambda c, x, r: x if x.shape[-1] != d else rounded(c, x, r))
+        states.append(model.new_state(2, LENGTH, draft=len(states) % 2, kv_dtype=kv_dtype))
+        logits.append(torch.cat([model(part, states[-1]) for part in tokens.split(chunks, 1)], 1))
+    for other in logits[:-1]:
+        close(other, logits[-1])
+    for mine, theirs in zip(states[1].layers, states[-1].layers, strict=True):
+        for a, b in (
+            (mine.kv, theirs.kv),
+            *([(mine.compressor.entries, theirs.compressor.entries)] if mine.compressor else []),
+        ):
+            assert a.dtype == torch.uint8
+            rows = min(a.shape[1], b.shape[1]) - 3  # what a draft may write again is the others' own
+            torch.testing.assert_close(unpack_kv(a, d, dr)[:, :rows], b[:, :rows].float(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_state_takes_kv_in_e4m3_or_as_the_model_has_it(model):
+    c = model.config
+    plain, stored = (model.new_state(2, 64, kv_dtype=kv) for kv in (None, torch.float8_e4m3fn))
+    for a, b in zip(plain.layers, stored.layers, strict=True):
+        assert a.kv.shape[-1] == c.head_dim and b.kv.shape[-1] == 80 and b.kv.dtype == torch.uint8
+        if a.indexer is not None:
+            assert b.indexer.entries.dtype == a.indexer.entries.dtype and b.compressor.values.dtype == torch.float32
+    tokens = torch.zeros(2, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="made for a model of other sizes"):
+        DSV4(c.replace(head_dim=64))(tokens, stored)
+    with pytest.raises(ValueError, match=r"kv_dtype torch.float16: expected torch.float8_e4m3fn, or that of the model"):
+        model.new_state(2, 64, kv_dtype=torch.float16)
 
 
 def test_sampling_follows_the_distribution_and_its_cuts():

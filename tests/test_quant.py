@@ -1,5 +1,7 @@
 """Block quantisation against ml_dtypes, exhaustively where the codes are few, and through the tracer."""
 
+import math
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -15,8 +17,10 @@ from dsv4_compile.reference_model.quant import (
     dequantize,
     dequantize_rows,
     mxfp4_to_nvfp4,
+    pack_kv,
     quantize,
     quantize_rows,
+    unpack_kv,
 )
 
 FP8, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
@@ -289,3 +293,53 @@ def test_of_the_best_entries_nearly_all_stay_the_best():
 
     shared = (best(keys) * best(dequantize_rows(*quantize_rows(keys), torch.float32))).sum(-1) / 512
     assert shared.mean() > 0.96 and shared.min() > 0.94
+
+
+# Rows of a cache, in bytes
+
+
+def kv_by_hand(x, rope):
+    """What rows in bytes hold, one number at a time."""
+    plain, turned = x[..., :-rope], x[..., -rope:].bfloat16().float()
+    size = math.gcd(plain.shape[-1], 64)
+    blocks = plain.reshape(-1, size).clone()
+    for block in blocks:
+        exponent = math.ceil(math.log2(max(block.abs().max().item(), 1e-4) / 448))
+        for i, value in enumerate((block / 2.0**exponent).tolist()):
+            step = 2.0 ** (max(math.frexp(value)[1] - 1, -6) - 3)  # 3 bits behind the first
+            block[i] = round(value / step) * step * 2.0**exponent
+    return torch.cat([blocks.view_as(plain), turned], -1)
+
+
+@pytest.mark.parametrize(("width", "rope", "size"), [(512, 64, 592), (48, 16, 80), (64, 16, 96), (22, 6, 32)])
+def test_a_row_in_bytes_comes_back_as_the_formula_says(width, rope, size):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, width, generator=g) * 2.0 ** torch.randint(-30, 20, (2, 5, 1), generator=g)
+    x[0, 0], x[0, 1, : width - rope] = 0, 448 * 2.0**-9
+    rows = pack_kv(x, rope)
+    assert rows.dtype == torch.uint8 and rows.shape == (2, 5, size) and size % 16 == 0
+    back = unpack_kv(rows, width, rope)
+    assert torch.equal(back, kv_by_hand(x, rope)) and torch.equal(back, back.bfloat16().float())
+    assert torch.equal(unpack_kv(pack_kv(back, rope), width, rope), back)  # nothing is lost twice
+
+
+def test_rows_in_bytes_lie_as_flashmla_has_them():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 512, generator=g)
+    x[0, 64:128] *= 1000
+    rows = pack_kv(x, 64)
+    scale = rows[:, 576:583].view(torch.float8_e8m0fnu).float()
+    codes = rows[:, :448].view(torch.float8_e4m3fn).float().unflatten(-1, (7, 64))
+    assert torch.equal((codes * scale.unsqueeze(-1)).flatten(-2), unpack_kv(rows, 512, 64)[:, :448])
+    assert torch.equal(rows[:, 448:576].contiguous().view(torch.bfloat16), x[:, 448:].bfloat16())
+    assert not rows[:, 583:].any() and scale[0, 1] == scale[0, 0] * 1024
+    error = (unpack_kv(rows, 512, 64) - x)[:, :448]
+    assert error.pow(2).mean().sqrt() < 0.03 * x[:, :448].pow(2).mean().sqrt()
+
+
+def test_what_is_not_finite_does_not_become_a_number():
+    x = torch.ones(2, 512)
+    x[0, 70], x[1, 0] = float("nan"), float("inf")
+    back = unpack_kv(pack_kv(x, 64), 512, 64)
+    assert back[0, 64:128].isnan().all() and back[1, :64].isnan().all()
+    assert back[0, :64].isfinite().all() and back[:, 128:].isfinite().all()

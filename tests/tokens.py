@@ -95,11 +95,12 @@ def with_streams(kind, n, D, dtype, iters):
     return case
 
 
-def attending(h, W, K):
+def attending(h, W, K, stored=0):
     @own("attention")
     def case(d, M):
         cos, sin = d.tables(M, 1, 1, 32)
-        rows = dict(keys=d.normal(M, 150, 512, dtype=bf16), entries=d.normal(M, 300, 512, dtype=bf16) if K else None)
+        rows = lambda count: d.cache("bytes" if stored else bf16, stored, M, count, 512)  # noqa: E731
+        rows = dict(keys=rows(150), entries=rows(300) if K else None, stored=stored)
         lists = dict(window=d.integers(-1, 150, M, 1, W), index=d.integers(-1, 300, M, 1, K) if K else None)
         q, sink = d.normal(M, 1, h, 512, dtype=bf16), d.normal(h)
         return rows | lists | dict(q=q, sink=sink, scale=0.05, sink_on_window=False, cos=cos, sin=sin)
@@ -165,11 +166,14 @@ CASES = {
     "unit_norm": sized("unit_norm", 512, bf16),
     "norm_rope": turned,
     "norm_rope_append": sized("norm_rope_append", 512, 64, bf16, bf16),
+    "norm_rope_append, bytes": sized("norm_rope_append", 512, 64, bf16, "bytes"),
     "attention, few rows": attending(16, 20, 0),
     "attention": attending(32, 128, 512),
+    "attention, bytes": attending(32, 128, 512, 64),
     "indexer": indexing,
     "compressor": sized("compressor", 512, 4, 64, True, fp32),
     "compressor_append": sized("compressor_append", 512, 128, 64, False, bf16),
+    "compressor_append, bytes": sized("compressor_append", 512, 128, 64, False, "bytes"),
     "compressor_append_fp8": sized("compressor_append_fp8", *generated.SCALED[0]),
     "prologue_2": sized("prologue_2", *generated.PROLOGUE[0], *generated.MEMORY[:2]),
     "prologue_2_fp8": sized("prologue_2_fp8", *generated.PROLOGUE[0], generated.MEMORY[0], generated.SCALED[0]),

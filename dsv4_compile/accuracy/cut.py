@@ -128,8 +128,10 @@ def evaluate(
     for node in nodes:
         target: Any = node.target
         given: Any = (node.args, node.kwargs)
-        if target is aten.view.dtype:  # bits, whatever they are
-            args, kwargs = fx.node.map_arg(given, env.__getitem__)
+        if target is aten.view.dtype:  # of the bits that the graph says
+            source: Any = node.args[0]
+            x = env[source]
+            args, kwargs = (x.to(value(source).dtype) if x.dtype in PLAIN else x, node.args[1]), {}
         else:
             args, kwargs = fx.node.map_aggregate(given, read)
         if target in ops:

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from .. import config as configuration
 from ..graphs.copies import copied
-from ..lowerings import OPS, contract_of
+from ..lowerings import OPS
 from ..match import Match, Rule
 from ..op import DEVICES, Op
 from ..passes import PassManager
@@ -107,7 +107,7 @@ class Recorded(Verifier):
     def verdict(self, part: Cut, op: Op, blank: Check) -> Check:
         self.complete(part.inputs)
         env = {n: self.values[n] for n in part.inputs}
-        found = self.compared(part, contract_of(op.name), env, blank)
+        found = self.compared(part, op, env, blank)
         self.values |= self.run(part.new, env, None)
         return found
 

@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from ..graphs.graph import is_tensor, strip, value, where
 from ..graphs.instances import module_path
-from ..lowerings import Contract, Draw, contract_of
+from ..lowerings import Contract, Draw, InBytes, contract_of
 from ..match import Match
 from ..op import Implementation, Op
 from .cut import PLAIN, Cut, by_meaning, cut, evaluate, hint, widened
@@ -94,7 +94,7 @@ class Verifier:
         worst = blank
         for attempt in range(TRIES):
             env = drawn(part, op, contract.draws, attempt)
-            worst = self.compared(part, contract, env, blank)
+            worst = self.compared(part, op, env, blank)
             if not worst.reason and contract.ties_draws:
                 env = drawn(part, op, {**contract.draws, **contract.ties_draws}, attempt)
                 worst = self.compared_to_meaning(part, env, worst)
@@ -102,8 +102,9 @@ class Verifier:
                 break
         return worst
 
-    def compared(self, part: Cut, contract: Contract, env: Values, blank: Check) -> Check:
+    def compared(self, part: Cut, op: Op, env: Values, blank: Check) -> Check:
         """The match against the op, in the graph's dtypes and then in higher precision."""
+        contract, sizes = contract_of(op.name), sizes_in(op.arguments(*part.call.args, **part.call.kwargs))
         low = min(part.dtypes() or {torch.float32}, key=lambda d: (d.itemsize, d != torch.bfloat16))
         worst = blank
         for wide in [None, *(d for d in self.precisions if d.itemsize > low.itemsize)]:
@@ -124,7 +125,7 @@ class Verifier:
                 if wide is not None:
                     continue  # some of torch's own calls know few dtypes
                 raise Unchecked(f"the match alone cannot be run: {type(error).__name__}: {error}") from error
-            off = max(difference(news[new], olds[old], contract.sets) for old, new in part.pairs)
+            off = max(distance(contract, sizes, news[new], olds[old]) for old, new in part.pairs)
             reason = "" if wide else form(part, news)
             if off > allowed:
                 reason = f"in {precision} it is off by {off:.1e} of the largest number, {allowed:.1e} are allowed"
@@ -165,6 +166,22 @@ def form(part: Cut, values: Values) -> str:
     return ""
 
 
+def distance(contract: Contract, sizes: Mapping[str, tuple[int, ...]], new: Tensor, old: Tensor) -> float:
+    """`difference`, by an op's contract. Of rows in bytes that of the numbers they stand for, none where these are but rounded
+    apart."""
+    if contract.in_bytes is None or not new.dtype == old.dtype == torch.uint8:
+        return difference(new, old, contract.sets)
+    read = zip(contract.in_bytes.read(new, sizes), contract.in_bytes.read(old, sizes), strict=True)
+    return max(found if (found := difference(a, b)) > step else 0.0 for (a, step), (b, _) in read)
+
+
+def sizes_in(arguments: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors among an op's arguments, or of their fakes; of a number, itself."""
+    values = {name: value(a) for name, a in arguments.items()}
+    shapes = {name: tuple(hint(s) for s in a.shape) for name, a in values.items() if isinstance(a, Tensor)}
+    return shapes | {name: (hint(a),) for name, a in values.items() if isinstance(a, (int, torch.SymInt))}
+
+
 def difference(new: Tensor, old: Tensor, sets: bool = False) -> float:
     """Largest difference over the largest finite number of `old`; for integers the share that differs, with `sets` in
     whatever order the last axis is."""
@@ -198,7 +215,7 @@ def drawn(part: Cut, op: Op, draws: Mapping[str, Draw], attempt: int) -> Values:
         raise Unchecked(f"its inputs take {size / 2**30:.1f} GiB")
     g = torch.Generator().manual_seed(attempt)
     arguments = op.arguments(*part.call.args, **part.call.kwargs)
-    sizes = {name: sizes_of(a) for name, a in arguments.items() if is_tensor(a)}
+    sizes = sizes_in(arguments)
     env: Values = {}
     for name, argument in arguments.items():
         if is_tensor(argument) and (root := strip(argument)) in part.inputs and root not in env:
@@ -219,7 +236,7 @@ def sizes_of(node: Any) -> tuple[int, ...]:
 def real(node: Node, draw: Draw | None, shape: tuple[int, ...], g: torch.Generator, sizes: Any) -> Tensor:
     """A tensor of the dtype, shape, strides and device of a node's fake value."""
     fake = value(node)
-    if fake.dtype == torch.uint8:
+    if fake.dtype == torch.uint8 and not isinstance(draw, InBytes):
         x = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
     elif fake.dtype == torch.bool:
         x = torch.rand(shape, generator=g) < 0.5

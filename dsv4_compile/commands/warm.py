@@ -25,6 +25,8 @@ def warm(
     tokens: Annotated[str, Option(help="Tokens of the calls to prepare for; 1 is decode.")] = "1,512",
     max_len: Annotated[int, Option(help="Positions of a state; at most the model's context.")] = 8192,
     dtype: Annotated[str, Option(help="Compute dtype.")] = "bfloat16",
+    index_keys: Annotated[str, Option(help="Keys of the indexer: as the dtype says, or fp8.")] = "",
+    kv: Annotated[str, Option(help="Keys of attention: as the dtype says, or fp8.")] = "",
     jobs: Annotated[int, Option(help="Processes.")] = max(len(os.sched_getaffinity(0)) - 1, 1),
     candidates: Annotated[
         bool, Option("--candidates", help="Also the configurations that autotune=full tries, up to 16 a kernel.")
@@ -40,9 +42,22 @@ def warm(
         counts = [int(t) for t in tokens.split(",") if t.strip().isdigit()]
         if not counts or min(*counts, batch, max_len, jobs) < 1:
             raise InputError("--tokens, --batch, --max-len and --jobs: expected numbers of at least 1")
-        failed = prepare(config_of(config), arch, batch, counts, max_len, DTYPES[dtype], jobs, candidates, invariant)
+        kept = {"index_dtype": kept_in("--index-keys", index_keys), "kv_dtype": kept_in("--kv", kv)}
+        what = config_of(config), arch, batch, counts, max_len, DTYPES[dtype], jobs, candidates, invariant, kept
+        failed = prepare(*what)
     if failed:
         raise typer.Exit(1)
+
+
+def kept_in(option: str, name: str) -> "torch.dtype | None":
+    """Raises InputError for anything but fp8 and nothing."""
+    import torch
+
+    from .inputs import InputError
+
+    if name not in ("", "fp8"):
+        raise InputError(f"{option}: expected fp8, or nothing; got {name!r}")
+    return torch.float8_e4m3fn if name else None
 
 
 def config_of(name: str) -> "DSV4Config":
@@ -70,6 +85,7 @@ def prepare(
     jobs: int,
     candidates: bool,
     invariant: bool,
+    kept: "dict[str, torch.dtype | None]",
 ) -> int:
     """Survey, build, tell -> how many kernels could not be built or are not known."""
     from ..warm import Wanted, build_all, survey
@@ -78,7 +94,7 @@ def prepare(
     screen, built = Screen(), {True: 0, False: 0}
     with screen.step("tracing the model") as step:
         longest = min(max_len, config.max_position_embeddings)
-        found = survey(config, arch, batch, counts, longest, dtype, candidates, invariant)
+        found = survey(config, arch, batch, counts, longest, dtype, candidates, invariant, **kept)
     for op, why in found.unknown.items():
         screen.note(f"dsv4::{op}: its kernels are not known ({why})")
     errors: list[str] = []
