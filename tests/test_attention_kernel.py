@@ -43,7 +43,7 @@ def test_every_wide_configuration_fits(shape):
     assert len(set(found)) == len(found) > 10
     for config in found:
         assert wide.used(shape, config) <= 227 * 1024 and config.rows % 16 == 0
-        assert config.heads % 16 == 0 and config.heads % config.splits == 0
+        assert config.heads % 16 == 0 and config.splits <= 8
 
 
 def test_products_of_warpgroups_are_for_many_tokens_of_wide_heads():
