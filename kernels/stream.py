@@ -3,8 +3,8 @@
 A block of warps computes a tile of rows at a time: 16 of them, and its warps split K; or 64 and more, and teams of warps do.
 Each warp keeps a ring of stages in shared memory full with asynchronous copies that it alone waits for, across tiles too, so
 that the memory system never drains. Partial sums are added as a tree, which is the same if half as many teams have two sums
-each (`chains`). The blocks of a cluster may split K in turn: they keep their sums until the end, and add them up in their
-order. Which configurations give the same bits is in `division`.
+each (`chains`). The blocks of a cluster may split K in turn: they give their sums to each other, and at the end add them up in
+their order. Which configurations give the same bits is in `division`.
 """
 
 from dataclasses import dataclass, replace
@@ -128,7 +128,7 @@ class Work:
         else:
             vectors = digits.vector_bytes(self.format, self.M, columns)
         sums = self.M * config.rows * 4
-        kept = self.turns(config) * sums if config.split > 1 else 0
+        kept = config.split * self.turns(config) * sums if config.split > 1 else 0
         return ring + vectors + 2 * config.teams * sums + kept + 8 * self.segments + 16 * self.parts + 256
 
     def grid(self, config: Config) -> int:
@@ -197,7 +197,7 @@ class Stream:
         sums = self.M * self.rows_of_tile
         self.partial = smem.allocate_tensor(Float32, cute.make_layout((2 * self.teams * sums,)), 16)
         if const_expr(self.split > 1):
-            self.kept = smem.allocate_tensor(Float32, cute.make_layout((self.turns * sums,)), 16)
+            self.kept = smem.allocate_tensor(Float32, cute.make_layout((self.turns * sums, self.split)), 16)
         room = ONE_MORE - self.work.needed(self.config)
         if const_expr(self.overlaps and room > 0 and arena is None):
             smem.allocate_tensor(Int32, cute.make_layout((room // 4,)), 16)
@@ -235,6 +235,8 @@ class Stream:
     def begin(self, thread, block):
         """State of the copies: the next tile, segment and step; addresses of the two rows, and of the scales."""
         self.first, self.rank = block // self.split, block % self.split
+        if const_expr(self.split > 1):
+            cute.arch.cluster_arrive()  # others may write here from now on
         self.from_column = self.rank * self.part
         self.warp, self.lane = cute.arch.make_warp_uniform(thread // LANES), thread % LANES
         self.g, self.t = self.lane // 4, self.lane % 4
@@ -398,6 +400,8 @@ class Stream:
         """All tiles of this block."""
         sums = cute.make_rmem_tensor((self.sums, self.chains), Float32)
         slot, parity, turn = Int32(0), Int32(0), Int32(0)
+        if const_expr(self.split > 1):
+            cute.arch.cluster_wait()
         for tile in cutlass.range(self.first, self.tiles, self.grid, unroll=1):
             self.before(tile)
             slot = self.tile_sums(sums, slot)
@@ -415,14 +419,17 @@ class Stream:
 
     @cute.jit
     def emit(self, tile, turn, parity, thread):
-        """What the teams have of a tile, added up."""
-        count, kept = self.M * self.rows_of_tile, self.kept if self.split > 1 else None
+        """What the teams have of a tile, added up; with a cluster, for the block that adds up what all of its blocks have."""
+        count = self.M * self.rows_of_tile
         for i in cutlass.range_constexpr(-(-count // self.threads)):
             index = i * self.threads + thread
             if index < count:
                 m, row = index // self.rows_of_tile, index % self.rows_of_tile
                 if const_expr(self.split > 1):
-                    kept[turn * count + index] = self.total(parity, m, row)
+                    place = turn * count + index
+                    at = self.kept.iterator.toint() + 4 * (self.rank * self.turns * count + place)
+                    there = warps.of_block(at, place // self.threads % self.split)
+                    warps.put_number(there, self.total(parity, m, row))
                 else:
                     self.put(tile, m, row, self.total(parity, m, row))
 
@@ -433,7 +440,7 @@ class Stream:
 
     @cute.jit
     def exchange(self, thread):
-        """Add up what the blocks of the cluster kept; each finishes a share of it."""
+        """Add up what the blocks of the cluster have; each finishes a share of it."""
         cute.arch.cluster_arrive()
         cute.arch.cluster_wait()
         per_tile, step = self.M * self.rows_of_tile, self.threads * self.split
@@ -443,12 +450,10 @@ class Stream:
             tile = self.first + turn * self.grid
             if index < self.turns * per_tile:
                 if tile < self.tiles:
-                    at, total = self.kept.iterator.toint() + 4 * index, Float32(0.0)
+                    total = Float32(0.0)
                     for b in cutlass.range_constexpr(self.split):
-                        total = total + warps.load_word(warps.of_block(at, b), False)
+                        total = total + self.kept[index, b]
                     self.put(tile, place // self.rows_of_tile, place % self.rows_of_tile, total)
-        cute.arch.cluster_arrive()  # others may still be reading
-        cute.arch.cluster_wait()
 
 
 def tree(numbers):

@@ -65,6 +65,11 @@ def of_block(address, block):
     )
 
 
+def put_number(address, number):
+    """Into shared memory of another block."""
+    cute.arch.inline_ptx("st.shared::cluster.f32 [{$r0}], {$r1};", read_only_args=[address, number])
+
+
 def load_word(address, local: bool):
     """From shared memory; `local`: of this block, else at an address that `of_block` gave."""
     space = "shared" if local else "shared::cluster"
