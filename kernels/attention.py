@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -523,7 +524,7 @@ def rank(shape: Shape, work: tuple[int, ...]) -> list[Config]:
     return ranked(shape, work, list(configs(shape)))
 
 
-def ranked(shape: Shape, work: tuple[int, ...], found: list[Config]) -> list[Config]:
+def ranked(shape: Shape, work: tuple[int, ...], found: list[Config], judge: Any = estimate) -> list[Config]:
     """These configurations, best first for so many tokens, each with so many rows; where results must not depend on the number
     of tokens, those of one division: the one whose worst excess over the best for 1, 2, 4 or 8 tokens is least."""
     if alike():
@@ -532,11 +533,11 @@ def ranked(shape: Shape, work: tuple[int, ...], found: list[Config]) -> list[Con
         for tokens in JUDGED:
             best.append({})
             for c in found:
-                us = estimate(shape, c, tokens, work[1])
+                us = judge(shape, c, tokens, work[1])
                 best[-1][c.division] = min(us, best[-1].get(c.division, math.inf))
         chosen = min(best[0], key=lambda d: max(us[d] / min(us.values()) for us in best))
         found = [c for c in found if c.division == chosen]
-    return sorted(found, key=lambda config: estimate(shape, config, *work))
+    return sorted(found, key=lambda config: judge(shape, config, *work))
 
 
 KERNEL = Kernel("attention", __file__, program, configs, rank)
