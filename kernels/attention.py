@@ -505,6 +505,7 @@ def rank(shape: Shape, work: tuple[int, ...]) -> list[Config]:
     of tokens, those of one division: the one whose worst excess over the best for 1, 2, 4 or 8 tokens is least."""
     found = list(configs(shape))
     if alike():
+        found = [c for c in found if c.splits & (c.splits - 1) == 0]  # those that two parts can make up for
         found += [c for c in (replace(c, parts=2) for c in found) if fits(shape, c)]
         best: list[dict[tuple[int, ...], float]] = []
         for tokens in JUDGED:
