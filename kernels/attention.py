@@ -528,6 +528,7 @@ def ranked(shape: Shape, work: tuple[int, ...], found: list[Config], judge: Any 
     """These configurations, best first for so many tokens, each with so many rows; where results must not depend on the number
     of tokens, those of one division: the one whose worst excess over the best for 1, 2, 4 or 8 tokens is least."""
     if alike():
+        found = [c for c in found if c.splits & (c.splits - 1) == 0]  # those that two parts can make up for
         found += [c for c in (replace(c, parts=2) for c in found) if fits(shape, c)]
         best: list[dict[tuple[int, ...], float]] = []
         for tokens in JUDGED:

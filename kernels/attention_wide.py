@@ -1,9 +1,9 @@
-"""Attention of many queries over index lists, bf16, with Hopper's products of a warpgroup: a block has 64 heads of a token.
+"""Attention of many queries over index lists, bf16, with Hopper's products of a warpgroup, which take 64 heads at once.
 
-One warpgroup brings rows, 16 bytes a thread at a time, into a ring of tiles; two multiply. Both of these make all scores of a
-tile, so that neither waits for the other, and the softmax in registers; then each sums half of the channels, with the tile, as
-it lies, as the values. A cluster may share the row list of a token. At the end every block reads its part of the heads from
-all blocks of the cluster, in their order, and writes the result.
+One warpgroup of a block brings rows, 16 bytes a lane at a time, into a ring of tiles; two multiply. Each of these makes all
+scores of a tile and their softmax, in registers, and then sums half of the channels, with the tile, as it lies, as the values.
+They take turns, so that one multiplies while the other weighs. A cluster may share the row list of a token. Then, at the end,
+every block reads its part of the heads from all of them, in their order, and writes the result.
 """
 
 import math
@@ -44,8 +44,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Config:
-    """heads: of a block, at most 64; products are made of 64. rows: of a tile, a multiple of 16. stages: tiles on their way.
-    splits: blocks of a cluster."""
+    """heads: of a block, 16, 32 or 64; products have 64 all the same. rows: of a tile, a multiple of 16. stages: tiles on
+    their way. splits: blocks of a cluster, up to 8."""
 
     heads: int
     rows: int
@@ -189,9 +189,8 @@ class Attention:
                         table[thread] = cos[of, thread]
                     else:
                         table[thread] = sin[of, thread - self.rope // 2]
-            sinks = cute.make_rmem_tensor(
-                (2,), Float32
-            )  # of head lane / 4 of the warp's 16, and of the eighth after it
+            # of head lane / 4 of the warp's 16, and of the eighth after it
+            sinks = cute.make_rmem_tensor((2,), Float32)
             for i in cutlass.range_constexpr(2):
                 sinks[i] = Float32(0.0)
                 if group * self.H + 16 * (warp % 4) + lane // 4 + 8 * i < self.h:
