@@ -20,6 +20,8 @@ from dsv4_compile.lowerings.experts import experts
 from dsv4_compile.lowerings.grouped_mm import grouped_mm
 from dsv4_compile.lowerings.head import head, mtp_join
 from dsv4_compile.lowerings.indexer import indexer
+from dsv4_compile.lowerings.kv import pack_kv as pack
+from dsv4_compile.lowerings.kv import unpack_kv as unpack
 from dsv4_compile.lowerings.linear import grouped_linear, linear, linear_wide
 from dsv4_compile.lowerings.linears import LINEARS, NORMED
 from dsv4_compile.lowerings.mhc import mhc_head, mhc_post, mhc_pre
@@ -272,6 +274,8 @@ class Cases:
         stored = lambda: (*queries(), *keys(), *self.closed(c.compress_rates[CSA], True), *self.scaled())  # noqa: E731
         yield Case("before attention, 4 to 1 twice, keys in e4m3", PROLOGUES["2_fp8"], stored)
         dr = c.qk_rope_head_dim
+        yield Case("rows into bytes", pack, lambda: (self.x(B, T, d), dr))
+        yield Case("bytes into numbers", unpack, lambda: (pack_kv(self.x(B, T, d), dr), d, dr))
 
         def all_stored() -> Inputs:
             ring, *of_keys = keys()

@@ -31,9 +31,11 @@ SIZES: Sizes = {(1, 1): (torch.bfloat16,), (3, 1): (torch.bfloat16, torch.float3
 
 
 def calls(config: DSV4Config, sizes: Sizes, device: torch.device) -> Iterator[Call]:
-    """A name, an op and all its arguments."""
+    """A name, an op and all its arguments. Rows in bytes are read by kernels only of some widths."""
+    wide = config.replace(head_dim=256, qk_rope_head_dim=64, index_head_dim=64)
     for (B, T), dtypes in sizes.items():
-        for case in Cases(config, B, T, device):
+        in_bytes = (c for c in Cases(wide, B, T, device).attention() if "bytes" in c.what)
+        for case in (*Cases(config, B, T, device), *in_bytes):
             given = case.op.arguments(*case.make())
             for dtype in dtypes:
                 plain = lambda a: isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16  # noqa: E731

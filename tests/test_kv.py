@@ -39,7 +39,7 @@ def test_opcheck():
 
 
 @pytest.mark.parametrize(("d", "dr"), SIZES)
-@pytest.mark.parametrize("lead", [(2, 5), (2, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("lead", [(2, 5), (1, 1)], ids=str)
 def test_they_are_found(d, dr, lead, rewritten_by):
     x = drawn(*lead, d, dtype=torch.bfloat16)
     rows = quant.pack_kv(x, dr)
@@ -119,7 +119,7 @@ def model(sink_mode="denominator", kinds=KINDS, **change) -> DSV4:
 
 @pytest.mark.parametrize(
     ("T", "draft", "sink_mode", "kinds"),
-    [(1, 0, "denominator", KINDS[:2]), (3, 2, "swa_scale", KINDS[2:]), (16, 0, "swa_scale", KINDS[:1])],
+    [(1, 0, "denominator", KINDS[1:2]), (16, 0, "swa_scale", KINDS[2:])],
     ids=str,
 )
 def test_a_step_finds_every_place_and_gives_eagers_logits(T, draft, sink_mode, kinds):
@@ -137,7 +137,7 @@ def test_a_step_finds_every_place_and_gives_eagers_logits(T, draft, sink_mode, k
     report = reports[0]
     assert {f: report.counts[f] for f in report.sites} == dict(report.sites) and report.sites["attention"] == layers
     assert report.rules["fuse.attention"] == layers and not report.unexplained
-    found = (layers, {1: 2, 3: 1}[T]) if T <= draft + 1 else (0, 0)  # CSA has a second compressor, without bytes
+    found = (layers, 2) if T <= draft + 1 else (0, 0)  # CSA has a second compressor, without bytes
     assert (report.counts["keys"], report.counts["entries"]) == found
     for a, b in zip(mine.layers, theirs.layers, strict=True):
         rows = [(a.kv, b.kv), *([(a.compressor.entries, b.compressor.entries)] if a.compressor else [])]

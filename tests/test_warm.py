@@ -45,15 +45,14 @@ def test_a_survey_names_the_kernels_of_a_model_and_what_tuning_tries():
     assert tried == experts.KERNEL.candidates(shapes["experts"]) and len(tried) > 1
 
 
-@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn], ids=str)
-def test_of_a_state_with_keys_in_e4m3_one_kernel_writes_them_and_one_reads_them(kv_dtype):
-    config = one_layer(index_head_dim=64, head_dim=512, qk_rope_head_dim=64).replace(layer_types=(CSA,))
-    found = warm.survey(config, "sm_90a", 1, [1], 64, torch.bfloat16, False, torch.float8_e4m3fn, kv_dtype)
-    shapes, kept = {w.kernel: w.shape for w in found.wanted}, "bytes" if kv_dtype else "bf16"
-    assert [c.entries for c in shapes["prologue"].compressors] == [kept, "fp8"] and shapes["indexer"].keys == "fp8"
-    assert shapes["prologue"].keys.cache == kept
-    assert {"attention", "attention_stored"} & shapes.keys() == {"attention_stored" if kv_dtype else "attention"}
-    assert not {"compressor", "compressor_append"} & shapes.keys()
+def test_of_a_state_with_keys_in_e4m3_one_kernel_writes_them_and_one_of_each_kind_reads_them():
+    config = one_layer(index_head_dim=128, head_dim=512, qk_rope_head_dim=64).replace(layer_types=(CSA,))
+    kept = dict(index_dtype=torch.float8_e4m3fn, kv_dtype=torch.float8_e4m3fn)
+    found = warm.survey(config, "sm_90a", 1, [1], 64, torch.bfloat16, **kept)
+    shapes = {w.kernel: w.shape for w in found.wanted}
+    assert [c.entries for c in shapes["prologue"].compressors] == ["bytes", "fp8"] and shapes["indexer"].keys == "fp8"
+    assert shapes["prologue"].keys.cache == "bytes" and "attention_stored" in shapes
+    assert not {"attention", "compressor", "compressor_append"} & shapes.keys()
 
 
 def test_layers_of_a_kind_are_looked_at_once():
