@@ -153,5 +153,5 @@ def test_the_output_may_be_turned_back(shape, shared):
 @pytest.mark.parametrize("shape", [dict(), dict(K=0), dict(T=1, B=1)], ids=str)
 def test_opcheck(shape):
     args = (*case(**shape), 0.3, False)
-    torch.library.opcheck(attention.target, (*args, None, None))
-    torch.library.opcheck(attention.target, (*args, *(x.float() for x in angles(*args[0].shape[:2], 1, 3))))
+    torch.library.opcheck(attention.target, (*args, None, None, 0))
+    torch.library.opcheck(attention.target, (*args, *(x.float() for x in angles(*args[0].shape[:2], 1, 3)), 0))
