@@ -93,12 +93,23 @@ def bounds(x: dict[str, Any]) -> tuple[float, float] | None:
     return BOUNDED.get((name, x["format"], x["batch"])) or BOUNDED.get((name, None, x["batch"]))
 
 
+def place(x: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(x[k] for k in ("cell", "model", "format", "batch", "context"))
+
+
 def table(found: Sequence[dict[str, Any]]) -> Table:
+    """A row for each cell; what "invariant" takes stands beside what "ours" does."""
     made = Table("cell", "format", "context", "requests", "arm", "measured", "floor", "share")
     bounded = any(bounds(x) for x in found)
     for name in ("bar", "stretch") if bounded else ():
         made.add_column(name)
+    ours = {place(x) for x in found if x["arm"] == "ours"}
+    beside = {place(x): x["value"] for x in found if x["arm"] == "invariant" and place(x) in ours}
+    if beside:
+        made.add_column("invariant")
     for x in found:
+        if x["arm"] == "invariant" and place(x) in beside:
+            continue
         limits, of_reading = bounds(x), x["cell"].endswith("share of reading")
         digits = 2 if of_reading else 0 if x["cell"].endswith("launches") else 1
         numbers = (
@@ -111,5 +122,9 @@ def table(found: Sequence[dict[str, Any]]) -> Table:
             met = x["value"] >= limits[0] if of_reading else x["value"] <= limits[0]
             style = None if met else "bold red"
         about = (x["cell"], x["format"], f"{x['context']}", f"{x['batch']}", x["arm"])
-        made.add_row(*about, *numbers, *ends, style=style)
+        other = beside.get(place(x)) if x["arm"] == "ours" else None
+        last = (
+            "" if other is None else f"{other:.{digits}f} ({other / x['value'] - 1:+.1%})" if x["value"] else f"{other}"
+        )
+        made.add_row(*about, *numbers, *ends, *([last] if beside else []), style=style)
     return made

@@ -12,9 +12,10 @@ step; launches and times of a layer are read off a profile of its replays, marks
 the times are scaled so that they add up to the time of a step outside the profiler. The floor of a layer is what it must read
 at the read bandwidth measured in the same run. "hf-": Hugging Face's model on the same weights, in bf16, with a static
 cache; errors of those arms are against "hf-eager", as their caches remember other numbers. "tuned": ours, with
-configurations by timings.
+configurations by timings. "invariant": ours, with results that do not depend on the number of requests.
 
-At the end a table of what can be read off the layers of "ours" and "tuned"; Flash's cells with their bars. `--launches`
+At the end a table of what can be read off the layers of these three; Flash's cells with their bars, and in a column of its own
+what "invariant" takes beside "ours". `--launches`
 prints each launch with its op, when it ran, what it adds and its byte floor (benchmarks/waterfall.py), `--picture` draws it,
 one file for each format, context, number of requests and arm; the JSON file has all of it. `--model nano` runs on a CPU too.
 """
@@ -39,6 +40,7 @@ from benchmarks.clock import Clock
 from benchmarks.layer_model import CSA, FORMATS, INDEX_KEYS, ROOM
 from dsv4_compile.commands.inputs import InputError
 from dsv4_compile.reference_model import DSV4, Loop
+from dsv4_compile.tuning import SETTINGS
 
 HF = "hf-"
 ARMS: dict[str, dict[str, Any] | None] = {
@@ -46,9 +48,10 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "inductor": {"mode": "decode", "passes": "none"},
     "ours": {"mode": "decode"},
     "tuned": {"mode": "decode", "autotune": "full"},
+    "invariant": {"mode": "decode", "batch_invariant": True},
 }
 ARMS |= {f"{HF}{name}": how for name, how in ARMS.items()}
-OURS = ("ours", "tuned")
+OURS = ("ours", "tuned", "invariant")
 STEPS = 12  # compared; the last ones are timed
 
 
@@ -72,6 +75,7 @@ def run_arm(
     if clock.on_gpu:
         torch.cuda.empty_cache()
     how = ARMS[name]
+    SETTINGS.batch_invariant = False  # what one arm asked for would stay for the process
     call, model, loop = contender(name, ours, batch, context, keys)
     if how is not None:
         call = torch.compile(call, backend="dsv4", options=how | inner, dynamic=False, fullgraph=True)

@@ -42,8 +42,10 @@ class Config:
     cudagraphs: Inductor's own CUDA graphs, in the place of `capture`; off in mode="prefill", else as torch is set.
     autotune: how kernels are configured. "cached": as timings in the cache say, else as a cost model does; "off": by the cost
         model; "full": as "cached", and what the cache lacks is timed now. For the whole process, as the latest compile says.
-    batch_invariant: kernels of attention, indexer and norms do not divide their sums by the number of tokens.
-        Once one compile asks for it, all kernels of the process keep to it.
+    batch_invariant: on a GPU a token's result has the same bits in calls of 1 to 64 tokens (of all sequences): no kernel
+        divides its sums by their number, and products of 9 to 64 are made by the kernels for few. On a CPU that holds of
+        stored linear layers, experts and the beginning of mHC in fp32, with a C++ compiler at hand; PyTorch's own products
+        divide theirs by size. Once one compile asks for it, all kernels of the process keep to it.
     """
 
     passes: tuple[str, ...] = ("*",)

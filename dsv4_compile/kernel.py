@@ -37,7 +37,7 @@ from . import tuning
 from .cache.key import Key
 from .cache.store import Store
 from .errors import DSV4Warning, JitAfterWarmUp, NoKernelCompiler
-from .tuning import of_tokens, rounded
+from .tuning import alike, by_twos, few, of_tokens, rounded
 
 try:
     import cutlass.cute as cute
@@ -46,7 +46,8 @@ except ImportError as error:
     raise NoKernelCompiler(error) from error
 
 ROOM = "dsv4_compile.kernels"
-__all__ = ["Kernel", "Monitor", "collecting", "fake", "of_tokens", "rounded", "stream", "trying"]
+__all__ = ["Kernel", "Monitor", "alike", "by_twos", "collecting", "fake", "few", "of_tokens", "rounded"]
+__all__ += ["stream", "trying"]
 
 SYMBOL = "kernel"  # of the entry in every object
 FLAGS = "--enable-tvm-ffi --keep-cubin"
@@ -130,7 +131,7 @@ class Kernel:
     configs: Callable[[Any], Iterator[Any]]
     rank: Callable[[Any, tuple[int, ...]], Iterable[Any]] | None = None
     loaded: dict[tuple[Any, Any], Callable[..., None]] = field(default_factory=dict, repr=False)
-    choices: dict[tuple[Any, tuple[int, ...], str], Any] = field(default_factory=dict, repr=False)
+    choices: dict[tuple[Any, tuple[int, ...], tuple[str, bool]], Any] = field(default_factory=dict, repr=False)
 
     def launcher(self, shape: Any, config: Any = None, work: tuple[int, ...] = ()) -> Callable[..., None]:
         """The compiled kernel: takes the tensors and numbers that the program takes, without its stream. Without a
@@ -151,10 +152,10 @@ class Kernel:
             TRIAL.seen[self, shape, work] = None
             if (forced := TRIAL.forced.get((self, shape, work))) is not None:
                 return forced
-        mode = tuning.SETTINGS.autotune
+        mode = tuning.SETTINGS.autotune, alike()
         found = self.choices.get((shape, work, mode))
         if found is None:
-            timed = None if mode == "off" or WANTED is not None else self.recorded(shape, work)
+            timed = None if mode[0] == "off" or WANTED is not None else self.recorded(shape, work)
             found = self.candidates(shape, work)[timed or 0]
             if WANTED is None:
                 self.choices[shape, work, mode] = found
@@ -221,7 +222,8 @@ LOADED: list[Any] = []
 
 @cache
 def source_digest(file: str) -> str:
-    """Of a kernel file and of those beside it that it imports."""
+    """Of a kernel file and of those beside it that it imports, but for what only chooses among configurations: an entry's key
+    has the configuration itself, a record of timings the list of them."""
     texts = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sources(Path(file))}
     return hashlib.sha256(repr(sorted(texts.items())).encode()).hexdigest()
 
@@ -230,14 +232,25 @@ def sources(file: Path) -> set[Path]:
     """The file and, at any remove, what it imports of its folder."""
     found, open_ = {file}, [file]
     while open_:
-        for node in ast.walk(ast.parse(open_.pop().read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(open_.pop().read_text(encoding="utf-8"))):
             if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(ROOM):
                 continue
             names = [node.module.removeprefix(ROOM + ".")] if node.module != ROOM else [a.name for a in node.names]
-            new = {file.with_name(f"{name}.py") for name in names} - found
+            new = {f for f in (file.with_name(f"{name}.py") for name in names) if not only_chooses(f)} - found
             found |= new
             open_ += new
     return found
+
+
+@cache
+def parsed(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
+def only_chooses(file: Path) -> bool:
+    """Whether it says `CHOOSES = True`: which configuration is tried first, and nothing that is compiled."""
+    named = (node.targets for node in parsed(file.read_text(encoding="utf-8")).body if isinstance(node, ast.Assign))
+    return any(isinstance(t, ast.Name) and t.id == "CHOOSES" for targets in named for t in targets)
 
 
 def resources(cubin: bytes | None) -> dict[str, dict[str, int]] | None:

@@ -28,8 +28,11 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true as known
 
 from .errors import BadOp
+from .tuning import alike
+from .tuning import few as few_tokens
 
-__all__ = ["Cost", "Implementation", "Op", "Tensor", "acc", "at_least", "hinted", "known", "left_to_inductor", "op"]
+__all__ = ["Cost", "Implementation", "Op", "Tensor", "acc", "alike", "at_least", "few_tokens", "hinted", "known"]
+__all__ += ["left_to_inductor", "op"]
 
 LIBRARY = torch.library.Library("dsv4", "DEF")
 TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", float: "float", bool: "bool"}

@@ -14,7 +14,9 @@ from .cache.key import Key
 from .cache.store import Store
 from .errors import CacheEntryBad
 
-ONE_SIZE = 8  # the class of all counts where results must not depend on the count
+FEW = 8  # tokens for which products are bound by reading matrices; kernels of our own take them at once
+ALIKE = 64  # tokens up to which results can be made not to depend on their number
+ONE_SIZE = 8  # the class of all counts where they must not
 
 
 @dataclass
@@ -32,9 +34,24 @@ class Settings:
 SETTINGS = Settings()
 
 
+def alike() -> bool:
+    """Whether results must not depend on the number of tokens."""
+    return SETTINGS.batch_invariant
+
+
+def few() -> int:
+    """Up to how many tokens products are those of our own kernels."""
+    return ALIKE if alike() else FEW
+
+
 def of_tokens(count: int) -> int:
     """Numbers of tokens that share a configuration: the next power of two; all of them where results must not depend on it."""
-    return ONE_SIZE if SETTINGS.batch_invariant else 1 << max(0, count - 1).bit_length()
+    return ONE_SIZE if SETTINGS.batch_invariant else by_twos(count)
+
+
+def by_twos(count: int) -> int:
+    """The next power of two: for kernels whose configurations give the same bits, as far as they have to."""
+    return 1 << max(0, count - 1).bit_length()
 
 
 def rounded(count: int) -> int:

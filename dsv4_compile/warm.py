@@ -114,10 +114,12 @@ def survey(
     max_len: int,
     dtype: torch.dtype,
     candidates: bool = False,
+    invariant: bool = False,
     index_dtype: torch.dtype | None = None,
 ) -> Survey:
     """The kernels of calls of so many tokens each by a model of this config, computing in `dtype`; 1: a whole step of
-    decoding, the choice of the next token included. index_dtype: as `new_state` takes it."""
+    decoding, the choice of the next token included. invariant: as with batch_invariant, which then stays for the process.
+    index_dtype: as `new_state` takes it."""
     from .lowerings import OPS
     from .patterns import RULES
     from .reference_model import DSV4, Loop, decode_step
@@ -128,7 +130,7 @@ def survey(
     with compiling_for(arch), torch.no_grad():
         for count in tokens:
             torch._dynamo.reset()
-            manager = Asking(Config(inner="eager"), RULES, OPS, found)
+            manager = Asking(Config(inner="eager", batch_invariant=invariant), RULES, OPS, found)
             how: dict[str, Any] = dict(backend=partial(look, manager), dynamic=False, fullgraph=True)
             state = model.new_state(batch, max_len, index_dtype=index_dtype)
             if count == 1:

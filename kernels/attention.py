@@ -10,19 +10,20 @@ Several clusters may share long lists. Then each writes its sums, and a second l
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, const_expr
 
-from dsv4_compile.kernel import Kernel, fake, of_tokens, rounded, stream
+from dsv4_compile.kernel import Kernel, alike, by_twos, fake, rounded, stream
 from dsv4_compile.kernels import attention_exact
 from dsv4_compile.kernels import warps as of_warp
 
 LOG2E = math.log2(math.e)
 WARPS = 8
 THREADS = 32 * WARPS
+JUDGED = (1, 2, 4, 8)  # numbers of tokens that a division is judged by
 SHARED = 227 * 1024 - 1024  # bytes of a block on sm_90 and later, and what the system keeps
 
 
@@ -41,13 +42,19 @@ class Shape:
 @dataclass(frozen=True)
 class Config:
     """heads: of a block, 16, 32 or 64. rows: of a tile, 32 or 64. stages: tiles on their way. splits: blocks of a cluster.
-    chunks: clusters that share a list."""
+    chunks: clusters that share a list. parts: of a block's rows, each with sums of its own, as if they were those of blocks."""
 
     heads: int
     rows: int
     stages: int
     splits: int
     chunks: int = 1
+    parts: int = 1
+
+    @property
+    def division(self) -> tuple[int, ...]:
+        """What the order of sums depends on: configurations of which it is the same give the same bits."""
+        return self.heads, self.rows, self.splits * self.parts, self.chunks
 
 
 class Plan:
@@ -69,16 +76,18 @@ class Plan:
         self.weights = self.scores + self.of_k * H * self.score_row
         free = self.weights + H * self.weight_row
         self.values = self.kv  # at the end, over tiles, scores and weights
-        self.rescale = max(free, self.values + H * self.value_row)
+        self.rescale = max(free, self.values + config.parts * H * self.value_row)
         self.bias = self.rescale + H
         self.top = self.bias + config.stages * R
-        self.total = self.top + H
-        self.words = self.total + H
+        self.total = self.top + config.parts * H
+        self.words = self.total + config.parts * H
 
 
 def fits(shape: Shape, config: Config) -> bool:
     """Whether a block has the room, in registers too."""
     if config.heads == 64 and config.splits > 4:
+        return False
+    if config.heads * config.parts > 64:  # registers
         return False
     return config.splits <= config.heads and 4 * Plan(shape, config).words <= SHARED
 
@@ -92,7 +101,7 @@ class Attention:
     def __init__(self, shape: Shape, config: Config):
         self.d, self.h, self.rope, self.on_window = shape.d, shape.heads, shape.rope, shape.on_window
         self.H, self.R, self.stages, self.splits = config.heads, config.rows, config.stages, config.splits
-        self.chunks = config.chunks
+        self.chunks, self.parts = config.chunks, config.parts
         self.plan = Plan(shape, config)
         self.row_bytes = 2 * shape.d
         self.at_once = at_once(shape, config)
@@ -134,9 +143,9 @@ class Attention:
         if const_expr(entries is not None):
             rows = W + index.shape[1]
         tiles = cute.ceil_div(rows, R)
-        per = cute.ceil_div(tiles, self.splits * self.chunks)
-        first = (chunk * self.splits + split) * per
-        last = cutlass.min(first + per, tiles)
+        per = cute.ceil_div(tiles, self.splits * self.parts * self.chunks)
+        first = (chunk * self.splits + split) * self.parts * per
+        last = cutlass.min(first + self.parts * per, tiles)
 
         # the tiles that fit, and the queries
         picked = [self.pick(first + s, last, rows, token, window, index, warp, lane) for s in range(self.stages - 1)]
@@ -147,43 +156,46 @@ class Attention:
             cute.arch.cp_async_commit_group()
         upcoming = self.pick(first + self.stages - 1, last, rows, token, window, index, warp, lane)
 
-        values = cute.make_rmem_tensor((4, d // 64, H // 16), Float32)
+        values = cute.make_rmem_tensor((4, d // 64, H // 16, self.parts), Float32)
         values.fill(0.0)
         per_row = THREADS // H  # threads that share the softmax of a head
         mine = thread // per_row
-        top, total = -Float32.inf, Float32(0.0)
         sink_here = Float32(0.0)
         if group * H + mine < self.h:
             sink_here = sink[group * H + mine] * Float32(LOG2E)
-        for tile in cutlass.range(first, last, unroll=1):
-            place = tile - first
-            stage = place % self.stages
-            cute.arch.cp_async_wait_group(self.stages - 2)
-            cute.arch.barrier()  # this tile has landed, and nobody reads the one before
-            ahead = tile + self.stages - 1
-            if ahead < last:
-                to = (place + self.stages - 1) % self.stages
-                self.fetch(ahead, to, upcoming, request, W, keys, entries, start, room, warp, lane)
-            cute.arch.cp_async_commit_group()
-            upcoming = self.pick(ahead + 1, last, rows, token, window, index, warp, lane)
-            self.score(stage, start, warp, lane)
-            cute.arch.barrier()
-            top, total = self.weigh(tile, stage, W, scale, sink_here, top, total, start, room, thread)
-            cute.arch.barrier()
-            self.add(stage, values, start, room, warp, lane)
+        for part in cutlass.range_constexpr(self.parts):
+            top, total = -Float32.inf, Float32(0.0)
+            for tile in cutlass.range(first + part * per, cutlass.min(first + (part + 1) * per, last), unroll=1):
+                place = tile - first
+                stage = place % self.stages
+                cute.arch.cp_async_wait_group(self.stages - 2)
+                cute.arch.barrier()  # this tile has landed, and nobody reads the one before
+                ahead = tile + self.stages - 1
+                if ahead < last:
+                    to = (place + self.stages - 1) % self.stages
+                    self.fetch(ahead, to, upcoming, request, W, keys, entries, start, room, warp, lane)
+                cute.arch.cp_async_commit_group()
+                upcoming = self.pick(ahead + 1, last, rows, token, window, index, warp, lane)
+                self.score(stage, start, warp, lane)
+                cute.arch.barrier()
+                top, total = self.weigh(tile, stage, W, scale, sink_here, top, total, start, room, thread)
+                cute.arch.barrier()
+                self.add(stage, values[None, None, None, part], start, room, warp, lane)
+            total = cute.arch.warp_reduction_sum(total, threads_in_group=per_row)
+            if thread % per_row == 0:
+                room[plan.top + part * H + mine] = top
+                room[plan.total + part * H + mine] = total
 
         cute.arch.cp_async_wait_group(0)
         cute.arch.barrier()  # tiles, scores and weights are free
-        for m in cutlass.range_constexpr(H // 16):
-            for n in cutlass.range_constexpr(d // 64):
-                for i in cutlass.range_constexpr(2):
-                    row, column = m * 16 + lane // 4 + 8 * i, (warp * (d // 64) + n) * 8 + 2 * (lane % 4)
-                    word = plan.values + row * plan.value_row + column
-                    of_warp.store_pair(start + 4 * word, values[2 * i, n, m], values[2 * i + 1, n, m])
-        total = cute.arch.warp_reduction_sum(total, threads_in_group=per_row)
-        if thread % per_row == 0:
-            room[plan.top + mine] = top
-            room[plan.total + mine] = total
+        for part in cutlass.range_constexpr(self.parts):
+            for m in cutlass.range_constexpr(H // 16):
+                for n in cutlass.range_constexpr(d // 64):
+                    for i in cutlass.range_constexpr(2):
+                        row, column = m * 16 + lane // 4 + 8 * i, (warp * (d // 64) + n) * 8 + 2 * (lane % 4)
+                        word = plan.values + (part * H + row) * plan.value_row + column
+                        low, high = values[2 * i, n, m, part], values[2 * i + 1, n, m, part]
+                        of_warp.store_pair(start + 4 * word, low, high)
         of_warp.everybody(self.splits)
         self.combine(split, chunk, group, token, sink, cos, sin, sums, marks, out, start, thread)
         if const_expr(self.splits > 1):
@@ -210,18 +222,28 @@ class Attention:
         part, pieces = self.R // WARPS, self.d // 8  # of 16 bytes
         if lane < part:
             room[self.plan.bias + stage * self.R + warp * part + lane] = Float32(0.0) if picked >= 0 else -Float32.inf
+        if const_expr(self.parts == 1):
+            for i in cutlass.range_constexpr(part * pieces // 32):
+                self.fetch_pieces(i, tile, stage, picked, request, W, keys, entries, start, warp, lane)
+        else:  # what is the same for all tiles finds no registers
+            for i in cutlass.range(part * pieces // 32, unroll=1):
+                self.fetch_pieces(i, tile, stage, picked, request, W, keys, entries, start, warp, lane)
+
+    @cute.jit
+    def fetch_pieces(self, i, tile, stage, picked, request, W, keys, entries, start, warp, lane):
+        """A piece of 16 bytes by each lane."""
+        part, pieces = self.R // WARPS, self.d // 8
+        v = i * 32 + lane
+        here, piece = v // pieces, v % pieces
+        row = cute.arch.shuffle_sync(picked, here)
+        source = self.address(keys, request, row)
+        if const_expr(entries is not None):
+            if tile * self.R + warp * part + here >= W:
+                source = self.address(entries, request, row)
+        place = warp * part + here
         base = start + 4 * self.plan.kv + stage * self.R * self.row_bytes
-        for i in cutlass.range_constexpr(part * pieces // 32):
-            v = i * 32 + lane
-            here, piece = v // pieces, v % pieces
-            row = cute.arch.shuffle_sync(picked, here)
-            source = self.address(keys, request, row)
-            if const_expr(entries is not None):
-                if tile * self.R + warp * part + here >= W:
-                    source = self.address(entries, request, row)
-            place = warp * part + here
-            target = base + place * self.row_bytes + (piece ^ (place % 8)) * 16
-            of_warp.copy_16(target, source + piece * 16, Int32(16) if row >= 0 else Int32(0))
+        target = base + place * self.row_bytes + (piece ^ (place % 8)) * 16
+        of_warp.copy_16(target, source + piece * 16, Int32(16) if row >= 0 else Int32(0))
 
     def address(self, rows, request, row):
         """Of a row of a request; requests may lie apart."""
@@ -345,10 +367,11 @@ class Attention:
             if v < share * d // 4 and head < self.h:
                 blocks = [of_warp.of_block(start, b) if self.splits > 1 else start for b in range(self.splits)]
                 local = const_expr(self.splits == 1)
-                tops = [of_warp.load_word(b + 4 * (plan.top + row), local) for b in blocks]
-                totals = [of_warp.load_word(b + 4 * (plan.total + row), local) for b in blocks]
-                at = 4 * (plan.values + row * plan.value_row + column)
-                parts = [of_warp.load_words(b + at, local) for b in blocks]
+                rows = [(b, p * self.H + row) for b in blocks for p in range(self.parts)]
+                tops = [of_warp.load_word(b + 4 * (plan.top + r), local) for b, r in rows]
+                totals = [of_warp.load_word(b + 4 * (plan.total + r), local) for b, r in rows]
+                at = 4 * (plan.values + column)
+                parts = [of_warp.load_words(b + at + 4 * r * plan.value_row, local) for b, r in rows]
                 if const_expr(self.chunks == 1):
                     self.finish(tops, totals, parts, token, head, column, sink, cos, sin, out)
                 else:
@@ -464,19 +487,32 @@ def estimate(shape: Shape, config: Config, tokens: int, rows: int, processors: i
     """Microseconds, fitted to timings on an H200: a start and an end, tiles, and as many rounds as the blocks need. Clusters
     leave some processors alone; two blocks of one processor slow each other down."""
     H, half, wide = config.heads, config.rows / 32, shape.d / 512
-    tiles = max(1, -(-rows // (config.rows * config.splits * config.chunks)))
-    each = 5.0 + 0.025 * H + 0.2 * (config.stages - 2) * half
+    tiles = config.parts * max(1, -(-rows // (config.rows * config.splits * config.chunks * config.parts)))
+    rings = 0.1 * abs(config.stages - 3) if config.rows == 32 else 0.3 * (config.stages - 2)
+    each = 4.5 + 0.025 * H + rings + 0.1 * config.splits + 0.3 * (config.parts - 1)
     each += tiles * wide * (0.0325 * H - 0.1 + (0.63 + 0.011 * H) * half)
     blocks, here = tokens * -(-shape.heads // H) * config.splits * config.chunks, at_once(shape, config)
     again = 0 if config.chunks == 1 else 1.8 + 2e-6 * tokens * config.chunks * shape.heads * shape.d
     usable = processors if config.splits < 4 else processors * 7 // 8 // config.splits * config.splits
-    crowded = 1 + 0.3 * (here - 1) * min(2, max(0, blocks / processors - 0.25))
+    crowded = 1 + 0.36 * (here - 1) * min(2, max(0, blocks / processors - 0.25))
     return -(-blocks // (usable * here)) * each * crowded + again
 
 
 def rank(shape: Shape, work: tuple[int, ...]) -> list[Config]:
-    """All configurations, best first for so many tokens, each with so many rows."""
-    return sorted(configs(shape), key=lambda config: estimate(shape, config, *work))
+    """All configurations, best first for so many tokens, each with so many rows; where results must not depend on the number
+    of tokens, those of one division: the one whose worst excess over the best for 1, 2, 4 or 8 tokens is least."""
+    found = list(configs(shape))
+    if alike():
+        found += [c for c in (replace(c, parts=2) for c in found) if fits(shape, c)]
+        best: list[dict[tuple[int, ...], float]] = []
+        for tokens in JUDGED:
+            best.append({})
+            for c in found:
+                us = estimate(shape, c, tokens, work[1])
+                best[-1][c.division] = min(us, best[-1].get(c.division, math.inf))
+        chosen = min(best[0], key=lambda d: max(us[d] / min(us.values()) for us in best))
+        found = [c for c in found if c.division == chosen]
+    return sorted(found, key=lambda config: estimate(shape, config, *work))
 
 
 KERNEL = Kernel("attention", __file__, program, configs, rank)
@@ -490,7 +526,7 @@ def launch(shape: Shape, dtype: str, *arguments) -> None:
         return
     q, _, window, _, index, *_ = arguments
     rows = window.shape[1] + (0 if index is None else index.shape[1])
-    run(shape, KERNEL.choice(shape, (of_tokens(q.shape[0]), rounded(rows))), *arguments)
+    run(shape, KERNEL.choice(shape, (by_twos(q.shape[0]), rounded(rows))), *arguments)
 
 
 def run(shape: Shape, config: Config, q, keys, window, entries, index, sink, cos, sin, *rest) -> None:

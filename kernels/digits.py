@@ -24,6 +24,7 @@ SECOND = 2.0**-5  # what the second part is a multiple of
 POINT = 128  # columns that share one
 BACK = {"fp8": 1.0, "mxfp4": 2.0**6, "nvfp4": 2.0**6}  # what weights must be multiplied by
 STEP = 32  # columns of one instruction
+LOADS = 8  # of a thread, of eight numbers each, that fly together
 AT_ONCE = 32  # fp32 numbers that instructions on their way write, of a thread
 
 
@@ -111,7 +112,7 @@ class Digits:
         """Before anything runs."""
         self.wide = eights(self.format.name, self.M)
         self.stride = step_bytes(self.format.name, self.M)
-        self.spread = spread(self.format.name, self.M)
+        self.spread = self.work.spreads(self.config)
         self.in_turn = stored.BITS[self.format.name] == 4 and not self.spread
         self.halves = self.format.name == "nvfp4" and not self.spread
         self.sums = 2 * self.wide
@@ -129,23 +130,26 @@ class Digits:
     @cute.jit
     def stage_vectors(self, x, factor, thread):
         """See `Pairs.stage_vectors`. Sixteen threads have the 128 columns of a point."""
-        runs = self.columns // 8
-        count, points = self.segments * runs, self.points
-        turns = -(-count // self.threads)
-        for i in cutlass.range(turns, unroll=1):
-            run = i * self.threads + thread
-            segment, place = run // runs, run % runs
-            held = cute.make_rmem_tensor((4, self.M), Int32)
+        runs, points = self.columns // 8, self.points
+        of_all = self.segments * runs
+        turns = -(-of_all * self.M // self.threads)
+        ahead = min(turns, LOADS)
+        for i in cutlass.range(-(-turns // ahead), unroll=1):
+            held = cute.make_rmem_tensor((4, ahead), Int32)
             held.fill(0)
-            if run < count:
-                for m in cutlass.range_constexpr(self.M):
-                    words = self.eight(x, m, (segment * self.K + self.from_column) // 8 + place)
+            for c in cutlass.range_constexpr(ahead):
+                share = (i * ahead + c) * self.threads + thread
+                if share < of_all * self.M:
+                    m, run = share // of_all, share % of_all
+                    words = self.eight(x, m, (run // runs * self.K + self.from_column) // 8 + run % runs)
                     for j in cutlass.range_constexpr(4):
-                        held[j, m] = words[j]
-            for m in cutlass.range_constexpr(self.M):
+                        held[j, c] = words[j]
+            for c in cutlass.range_constexpr(ahead):
+                share = (i * ahead + c) * self.threads + thread
+                m, run = share // of_all, share % of_all
                 top = Int32(0)
                 for j in cutlass.range_constexpr(4):
-                    top = larger(top, held[j, m] & 0x7FFF7FFF)
+                    top = larger(top, held[j, c] & 0x7FFF7FFF)
                 for b in cutlass.range_constexpr(4):
                     top = larger(top, cute.arch.shuffle_sync_bfly(top, 1 << b))
                 exponent = cutlass.max((top & 0xFFFF) >> 7, top >> 23)
@@ -154,16 +158,15 @@ class Digits:
                 by = stored.pair(by, by)
                 # not finite: the vector's results are NaN
                 point = as_float(Int32(0x7FC00000) if exponent == 255 else (kept - 7) << 23)
-                if const_expr(factor is not None):
-                    point = point * factor[segment]
-                values = [v for j in range(4) for v in stored.unpaired(stored.times(held[j, m], by))]
-                if run < count:
-                    if place % 16 == 0:
+                if share < of_all * self.M:
+                    if const_expr(factor is not None):
+                        point = point * factor[run // runs]
+                    if run % 16 == 0:
                         points[run // 16 * self.per_point + m] = point
-                    self.put_parts(values, m, run)
+                    self.put_parts([v for j in range(4) for v in stored.unpaired(stored.times(held[j, c], by))], m, run)
         cute.arch.fence_proxy("async.shared", space="cta")
 
-    def put_parts(self, values, m: int, run):
+    def put_parts(self, values, m, run):
         """The parts of eight columns."""
         if self.format.name == "fp8":  # a thread multiplies 16 columns in a row, in two steps
             step, word = run // 8 * 2 + run % 2, run % 8 // 2
@@ -318,7 +321,16 @@ class Digits:
 
     @cute.jit
     def finish(self, sums):
-        """After the last product of a tile."""
+        """After the last product of a tile: what the threads of a quad have of a row is added up."""
+        for i in cutlass.range_constexpr(self.sums):
+            total = sums[i]
+            if const_expr(self.spread):
+                total = total + cute.arch.shuffle_sync_bfly(total, 1)
+                total = total + cute.arch.shuffle_sync_bfly(total, 2)
+            if const_expr(self.halves):  # a thread has both halves of 32 columns, the next one the second parts
+                total = total * Float32(SECOND) if self.t % 2 == 1 else total
+                total = total + cute.arch.shuffle_sync_bfly(total, 1)
+            sums[i] = total
 
     @cute.jit
     def put_partial(self, sums, base):
@@ -326,15 +338,10 @@ class Digits:
         partial = self.partial
         for n in cutlass.range_constexpr(self.wide):
             for r in cutlass.range_constexpr(2):
-                total, m = sums[2 * n + r], 4 * n + self.t
-                if const_expr(self.spread):
-                    total = total + cute.arch.shuffle_sync_bfly(total, 1)
-                    total = total + cute.arch.shuffle_sync_bfly(total, 2)
+                m = 4 * n + self.t
                 writes = m < self.M
-                if const_expr(self.halves):  # a thread has both halves of 32 columns, the next one the second parts
+                if const_expr(self.halves):
                     m = 2 * n + self.t // 2
-                    total = total * Float32(SECOND) if self.t % 2 == 1 else total
-                    total = total + cute.arch.shuffle_sync_bfly(total, 1)
                     writes = m < self.M and self.t % 2 == 0
                 if writes:
-                    partial[base + m * self.rows_of_tile + self.g + 8 * r] = total
+                    partial[base + m * self.rows_of_tile + self.g + 8 * r] = sums[2 * n + r]

@@ -8,7 +8,6 @@ the logits come from had ended when that one began its last tile.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 import cutlass
 import cutlass.cute as cute
@@ -17,8 +16,9 @@ from cutlass import Float32, Int32, Int64, const_expr
 from dsv4_compile.kernel import Kernel, fake
 from dsv4_compile.kernel import stream as current
 from dsv4_compile.kernels import gemv, moe, router, shared_expert, side_by_side, stored, stream
+from dsv4_compile.kernels.division import Needs, configs_of
 from dsv4_compile.kernels.moe import HALF
-from dsv4_compile.kernels.stream import DTYPES, LANES, ROWS, SHARED
+from dsv4_compile.kernels.stream import DTYPES, LANES, ROWS
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,11 @@ class Own(moe.GateUp):
         self.I, self.grid, self.turns = shape.H, grid, -(-self.tiles // grid)
         self.scale_row, self.scale_matrix = self.format.scale_bytes(shape.H, shape.routed.D)
 
+    def place(self, tile, segment, r: int):
+        row = tile * (self.rows_of_tile // 2) + self.member * HALF + self.g
+        scales = self.scales_at[r]
+        return self.weights[r], cutlass.min(row, self.I - 1), scales, scales + self.scale_matrix
+
     @cute.jit
     def run_all(self, x, w1, w3, s, t, limit, h, early, block, thread):
         self.weights = [w.iterator.toint() for w in (w1, w3)]
@@ -121,7 +126,7 @@ class Up:
         self.routed = stream.kind(Routed, config.up)(shape, config.up, each)
         self.own = stream.kind(Own, config.own)(shape, config.own, many)
         self.threads, self.k, self.X, self.keys = self.own.threads, shape.routed.k, shape.routed.X, shape.keys
-        self.grid = many + each * shape.routed.N * shape.routed.k
+        self.grid = many + each * shape.routed.N
         self.bytes = side_by_side.memory(shape.routed.up, shape.own, both, 8 * shape.keys, 0)
 
     @cute.kernel
@@ -138,19 +143,18 @@ class Up:
 
     @cute.jit
     def choices(self, x, logits, bias, expert, tokens, scale, eps, w, s, t, limit, h, base, block, thread):
-        """One of them: a block's part of it."""
+        """Those of a token: a block's part of them."""
         arena, routed = side_by_side.Arena(base, self.bytes), self.routed
         routed.allocate(arena)
+        routed.remember(arena)
         keys, scores = kept(arena, self.keys)
-        choice, part = block // routed.grid, block % routed.grid
-        token, j = choice // self.k, choice % self.k
+        token, part = block // routed.grid, block % routed.grid
         cute.arch.griddepcontrol_wait()  # nothing is known before
         e, score = chosen(self, logits, bias, expert, tokens, keys, scores, token, thread)
-        gates = router.share(score, thread % LANES, scale, eps)
-        e, gate = Int64(cute.arch.shuffle_sync(e, j)), cute.arch.shuffle_sync(gates, j)
+        gate = router.share(score, thread % LANES, scale, eps)
         s1, s3 = (None, None) if s is None else (s[0], s[1])
         t1, t3 = (None, None) if t is None else (t[0], t[1])
-        routed.go(x, token, choice, e, gate, w[0], w[1], s1, s3, t1, t3, limit, h, part, thread)
+        routed.go(x, token, e, gate, w[0], w[1], s1, s3, t1, t3, limit, h, part, thread)
 
 
 def kept(arena, keys: int):
@@ -299,9 +303,8 @@ def configs(shape: Shape) -> Iterator[Config]:
     """The best of each launch, then others of one with the best of the others."""
     q = shape.routed
     firsts = list(side_by_side.pairs(q.up, shape.own, 8 * shape.keys, 0))
-    room = SHARED - 8 * shape.keys
-    downs = [c for c in islice(stream.configs_of(q.down), 24) if c.resident * q.down.shared(c) <= room][:6]
-    ends = list(islice(stream.configs_of(shape.end.work), 6))
+    downs = configs_of(q.down, Needs(8 * shape.keys))[:6]
+    ends = configs_of(shape.end.work)[:6]
     if firsts and downs and ends:
         yield Config(*firsts[0], downs[0], ends[0])
         yield from (Config(*first, downs[0], ends[0]) for first in firsts[1:])

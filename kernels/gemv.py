@@ -14,7 +14,8 @@ from cutlass import Float32, Int32, const_expr
 from dsv4_compile.kernel import Kernel, fake
 from dsv4_compile.kernel import stream as current
 from dsv4_compile.kernels import stored
-from dsv4_compile.kernels.stream import DTYPES, ROWS, Config, Stream, Work, configs_of, kind
+from dsv4_compile.kernels.division import configs_of
+from dsv4_compile.kernels.stream import DTYPES, ROWS, Config, Stream, Work, kind
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def scale_argument(format: str, e8m0: bool):
 
 
 def configs(shape: Shape) -> Iterator[Config]:
-    return configs_of(shape.work)
+    return iter(configs_of(shape.work))
 
 
 KERNEL = Kernel("gemv", __file__, program, configs)

@@ -22,7 +22,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, const_expr
 
-from dsv4_compile.kernel import Kernel, fake, rounded, stream
+from dsv4_compile.kernel import Kernel, by_twos, fake, rounded, stream
 from dsv4_compile.kernels import stored
 from dsv4_compile.kernels import warps as of_warp
 
@@ -31,6 +31,8 @@ DIGITS = ((21, BINS), (10, BINS), (0, 1024))  # of a score: where each starts, a
 TILE = 16  # entries of a warp's product
 SCORERS = 8  # warps of a block that scores: more would not find the registers
 SMS = 132  # processors that the cost model reckons with
+MOST_BLOCKS = 16  # of a cluster
+AHEAD = 4  # entries of a thread that are looked at together
 SHARED = 227 * 1024 - 1024
 MOST, MANY = 1 << 22, 1 << 12  # scores that are written: 16 MB; of so many tokens
 LARGEST = 319488  # entries that a cluster has room for
@@ -88,7 +90,7 @@ class Plan:
         self.found = self.sums + len(DIGITS) * 32
         self.totals = self.found + len(DIGITS) * 4  # of warps: entries that are better, and that are equal
         self.before = self.totals + 2 * 32  # the same of the cluster's blocks
-        self.weights = self.before + 2 * 8  # of heads
+        self.weights = self.before + 2 * MOST_BLOCKS  # of heads
         self.words = self.weights + 64
 
 
@@ -406,7 +408,7 @@ class Program:
                 merged = plan.merged + p * BINS
                 mask = Uint32(bins - 1)
                 counts = merged if const_expr(self.blocks == 1) else plan.counts + p * BINS
-                for i in cutlass.range(thread, mine, self.threads):
+                for i in cutlass.range(thread, mine, self.threads, unroll=AHEAD):
                     key = Uint32(room[i])
                     if const_expr(p == 0):
                         count(start + 4 * (counts + Int32(key >> Uint32(low))), Int32(1), True)
@@ -467,7 +469,7 @@ class Program:
         share = cute.ceil_div(cute.ceil_div(mine, 32), self.warps) * 32
         begin, end = warp * share, cutlass.min((warp + 1) * share, mine)
         above, equal = Int32(0), Int32(0)
-        for i in cutlass.range(begin, end, 32):
+        for i in cutlass.range(begin, end, 32, unroll=AHEAD):
             better, same = self.compared(i + lane, end, shift, prefix, room)
             above, equal = above + cute.arch.popc(better), equal + cute.arch.popc(same)
         if lane == 0:
@@ -490,7 +492,7 @@ class Program:
                 of_above, of_equal = room[plan.before + 2 * b], room[plan.before + 2 * b + 1]
                 above, equal = above + (of_above if b < rank else 0), equal + (of_equal if b < rank else 0)
         below = Int32(cute.arch.lanemask_lt())
-        for i in cutlass.range(begin, end, 32):
+        for i in cutlass.range(begin, end, 32, unroll=AHEAD):
             better, same = self.compared(i + lane, end, shift, prefix, room)
             at, tied = above + cute.arch.popc(better & below), equal + cute.arch.popc(same & below)
             chosen = (better >> lane) & 1
@@ -538,7 +540,7 @@ def configs(shape: Shape) -> Iterator[Config]:
     deep = max(2, min(DEEPEST, RING // (SCORERS * shape.stage)))
     usual, other = (0, deep) if shape.keys == "bf16" else (deep, 0)  # rings of bf16 have not been timed
     for apart, warps, stages in ((False, SCORERS, 0), (True, 16, usual), (True, 32, usual), (True, 16, other)):
-        for blocks in (8, 4, 2, 1):
+        for blocks in (MOST_BLOCKS, 8, 4, 2, 1) if apart else (8, 4, 2, 1):
             for room in (2048, 8192, 40960):
                 if 4 * Plan(config := Config(blocks, room, warps, apart, stages)).words <= SHARED:
                     yield config
@@ -552,13 +554,15 @@ def estimate(shape: Shape, config: Config, tokens: int, entries: int) -> float:
     keys, and blocks that go through their share of the scores. Clusters wait for each other, and many warps too."""
     share, size = -(-entries // config.blocks), shape.heads * shape.d / 8192
     usable = SMS if config.blocks < 4 else SMS * 7 // 8 // config.blocks * config.blocks
-    if config.apart:
+    if config.blocks == MOST_BLOCKS:  # few groups of processors have so many
+        usable = 4 * MOST_BLOCKS
+    if config.apart and config.blocks < MOST_BLOCKS:
         usable *= max(1, min(32 // config.warps, SHARED // (4 * Plan(config).words)))
     rounds = -(-tokens * config.blocks // usable)
     if not config.apart:
         return rounds * (7.7 + 0.107 * size * share / TILE)
     wait = 3.0 if config.blocks == 1 else 5.0 if config.blocks < 8 else 5.3 + 0.3 * min(tokens, 8)
-    wait += 2.0 if config.warps > 16 else 0.0
+    wait += (2.0 if config.warps > 16 else 0.0) + (0.7 if config.blocks == MOST_BLOCKS else 0.0)
     each = 4.1e-4 if config.warps > 16 else 5.3e-4
     return 3.2 + READ[shape.keys][config.stages > 0] * size * tokens * entries + rounds * (wait + each * share)
 
@@ -580,7 +584,7 @@ KERNEL = Kernel("indexer", __file__, program, configs, rank)
 
 def launch(shape: Shape, q, keys, scales, w, visible, cos, sin, out, T: int) -> None:
     """See `program`."""
-    tokens, entries = 1 << max(0, len(q) - 1).bit_length(), keys.shape[1]  # no result depends on the configuration
+    tokens, entries = by_twos(len(q)), keys.shape[1]  # no result depends on the configuration
     config = KERNEL.choice(shape, (tokens, min(rounded(entries), LARGEST)))
     run(shape, config, q, keys, scales, w, visible, cos, sin, out, T)
 

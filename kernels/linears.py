@@ -1,8 +1,7 @@
 """Few vectors times several stored matrices, in one launch: see `gemv`, and `stream`.
 
 The matrices are read as if their rows lay one after the other, each filled up to whole sixteens of them; those of another
-format by other blocks. With RMSNorm in front, every warp finds the sizes of the vectors by itself: they are short, and lie in
-the first cache.
+format by other blocks. With RMSNorm in front, every block finds the sizes of the vectors by itself: they are short.
 """
 
 from collections.abc import Iterator
@@ -16,9 +15,12 @@ from cutlass import Float32, Int32, const_expr
 from dsv4_compile.kernel import Kernel, fake
 from dsv4_compile.kernel import stream as current
 from dsv4_compile.kernels import side_by_side, stored
+from dsv4_compile.kernels.division import configs_of
 from dsv4_compile.kernels.gemv import scale_argument
 from dsv4_compile.kernels.stored import LANES
-from dsv4_compile.kernels.stream import DTYPES, ROWS, Config, Stream, Work, configs_of, kind, loaded
+from dsv4_compile.kernels.stream import DTYPES, ROWS, Config, Stream, Work, kind, loaded
+
+AT_ONCE = 8  # loads of a lane that fly together
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,12 @@ class Linears(Stream):
             use_pdl=self.overlaps,
         )
 
+    def allocate(self, arena=None):
+        smem = super().allocate(arena)
+        if const_expr(self.norm is not None):
+            self.inverse = smem.allocate_tensor(Float32, cute.make_layout((self.M,)), 16)
+        return smem
+
     @cute.jit
     def place(self, tile, segment, r: int):
         """See `gemv.Linear.place`."""
@@ -114,17 +122,26 @@ class Linears(Stream):
 
     @cute.jit
     def measure(self, x, eps):
-        """1 / sqrt(mean(x^2) + eps) of each vector."""
-        inverse, runs = cute.make_rmem_tensor((self.M,), Float32), self.K // 8
-        for m in cutlass.range_constexpr(self.M):
-            total = Float32(0.0)
-            for i in cutlass.range(self.lane, runs, LANES):
-                part = loaded(x[m, None], i, self.dtype)
-                for j in cutlass.range_constexpr(8):
-                    total = total + Float32(part[j]) * Float32(part[j])
-            total = cute.arch.warp_reduction_sum(total)
-            inverse[m] = cute.math.rsqrt(total / Float32(self.K) + eps)
-        return inverse
+        """1 / sqrt(mean(x^2) + eps) of each vector, by a warp."""
+        inverse, each = self.inverse, -(-self.K // (8 * LANES))
+        for first in cutlass.range_constexpr(0, self.M, self.warps):
+            m, total = first + self.warp, Float32(0.0)
+            if m < self.M:
+                for begin in cutlass.range_constexpr(0, each, AT_ONCE):
+                    some = range(begin, min(begin + AT_ONCE, each))
+                    held = cute.make_rmem_tensor((8, len(some)), self.dtype)
+                    held.fill(0.0)
+                    for n, i in enumerate(some):  # they fly together
+                        if i * LANES + self.lane < self.K // 8:
+                            cute.autovec_copy(
+                                cute.zipped_divide(x[m, None], (8,))[None, i * LANES + self.lane], held[None, n]
+                            )
+                    for n in cutlass.range_constexpr(len(some)):
+                        for j in cutlass.range_constexpr(8):
+                            total = total + Float32(held[j, n]) * Float32(held[j, n])
+                total = cute.arch.warp_reduction_sum(total)
+                inverse[m] = cute.math.rsqrt(total / Float32(self.K) + eps)
+        cute.arch.barrier()
 
     @cute.jit
     def eight(self, x, m: int, index):
@@ -152,9 +169,9 @@ class Linears(Stream):
             self.scales_at = [s.iterator.toint() for s in scales]
         self.begin(thread, block)
         self.enter(thread, early)
-        self.norm_weight, self.inverse = norm, None
+        self.norm_weight = norm
         if const_expr(self.norm is not None):
-            self.inverse = self.measure(x, eps)
+            self.measure(x, eps)
         self.stage_vectors(x, None, thread)
         cute.arch.barrier()
         self.run(thread)
@@ -226,7 +243,7 @@ def arguments_of(shape: Shape):
 def configs(shape: Shape | Mixed) -> Iterator[Config] | Iterator[Both]:
     if isinstance(shape, Mixed):
         return (Both(*both) for both in side_by_side.pairs(shape.first.work, shape.second.work))
-    return configs_of(shape.work)
+    return iter(configs_of(shape.work))
 
 
 KERNEL = Kernel("linears", __file__, program, configs)

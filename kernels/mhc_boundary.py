@@ -14,7 +14,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, const_expr
 
-from dsv4_compile.kernel import Kernel, fake, of_tokens, stream
+from dsv4_compile.kernel import Kernel, fake, few, of_tokens, stream
 from dsv4_compile.kernels import mhc
 from dsv4_compile.kernels import warps as of_warp
 from dsv4_compile.kernels.mhc import DTYPES, VECTOR
@@ -321,7 +321,7 @@ def rank(shape: Shape, work: tuple[int, ...]) -> list[Config]:
 
 def most_tokens() -> int:
     """That one launch serves sooner than separate ones do; more where results must not depend on their number."""
-    return 64 if of_tokens(1) == of_tokens(2) else 16
+    return max(16, few())
 
 
 BOUNDARY = Kernel("mhc_boundary", __file__, program, configs, rank)

@@ -1,14 +1,13 @@
 """The routed experts of few tokens: two streams of matrices that are picked on the device.
 
-The first goes, for each choice (a token and one of its experts), through gate and up together: a tile is 8 rows of each, so
-that one thread has both sums for clamp, SwiGLU and the choice's weight. The second goes through the k down matrices of a token
-one after the other, as if they were one matrix of k I columns, which adds the experts up in their order. It starts while the
-first still runs, and fills its rings before it waits for what the first writes.
+The first goes, for each token, through gate and up of its k experts, one after the other: a tile has 8 rows of each for every
+16, so that one thread has both sums for clamp, SwiGLU and the choice's weight. The second goes through the k down matrices of a
+token one after the other, as if they were one matrix of k I columns, which adds the experts up in their order. It starts while
+the first still runs, and fills its rings before it waits for what the first writes.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 import cutlass
 import cutlass.cute as cute
@@ -17,6 +16,7 @@ from cutlass import Float32, Int32, Int64, const_expr
 from dsv4_compile.kernel import Kernel, fake
 from dsv4_compile.kernel import stream as current
 from dsv4_compile.kernels import gemv, stored, stream
+from dsv4_compile.kernels.division import configs_of
 from dsv4_compile.kernels.stream import DTYPES, ROWS
 
 HALF = ROWS // 2
@@ -39,11 +39,13 @@ class Shape:
     @property
     def up(self) -> gemv.Work:
         rows = -(-self.I // HALF) * ROWS
-        return stream.Work(self.format, self.e8m0, self.dtype, 1, self.D, 1, rows, self.N * self.k, splits=1)
+        return stream.Work(
+            self.format, self.e8m0, self.dtype, 1, self.D, 1, rows, self.N, splits=1, each=1, parts=self.k
+        )
 
     @property
     def down(self) -> gemv.Work:
-        return stream.Work(self.format, self.e8m0, self.dtype, 1, self.I, self.k, self.D, self.N, splits=4)
+        return stream.Work(self.format, self.e8m0, self.dtype, 1, self.I, self.k, self.D, self.N, splits=4, each=1)
 
 
 @dataclass(frozen=True)
@@ -67,38 +69,53 @@ class GateUp(stream.Stream):
         self.k, self.I = shape.k, shape.I
         self.matrix = shape.I * self.row_bytes
         self.scale_row, self.scale_matrix = self.format.scale_bytes(shape.I, shape.D)
+        self.of_choice = self.tiles // shape.k  # tiles
 
     def place(self, tile, segment, r: int):
-        """Row g of the tile's gate rows (r = 0) or up rows; see `gemv.Linear.place`."""
-        row = cutlass.min(tile * (self.rows_of_tile // 2) + self.member * HALF + self.g, self.I - 1)
-        return self.weights[r], row, self.scales_at[r], self.scales_at[r] + self.scale_matrix
+        """Row g of the tile's gate rows (r = 0) or up rows, of the tile's choice; see `gemv.Linear.place`."""
+        e = Int64(self.ids[tile // self.of_choice])
+        row = tile % self.of_choice * (self.rows_of_tile // 2) + self.member * HALF + self.g
+        scales = self.scales_at[r] + e * self.scale_matrix
+        return self.weights[r] + e * self.matrix, cutlass.min(row, self.I - 1), scales, scales + self.scale_matrix
+
+    def remember(self, smem):
+        """Room for a token's experts, and for what belongs to them: its gates, and the scales of gate and up."""
+        self.ids = smem.allocate_tensor(Int32, cute.make_layout((self.k,)), 16)
+        self.factors = smem.allocate_tensor(Float32, cute.make_layout((self.k, 3)), 16)
 
     @cute.kernel
     def kernel(self, x, expert, gate, w1, w3, s1, s3, t1, t3, limit, h):
         thread, _, _ = cute.arch.thread_idx()
-        block, choice, _ = cute.arch.block_idx()
-        token, j = choice // self.k, choice % self.k
-        self.allocate()
+        block, token, _ = cute.arch.block_idx()
+        self.remember(self.allocate())
         if const_expr(self.overlaps):
             cute.arch.griddepcontrol_wait()  # nothing is known before
-        e = Int64(expert[token, j])
-        self.go(x, token, choice, e, gate[token, j], w1, w3, s1, s3, t1, t3, limit, h, block, thread)
+        mine = cutlass.min(thread, self.k - 1)
+        self.go(
+            x, token, Int32(expert[token, mine]), gate[token, mine], w1, w3, s1, s3, t1, t3, limit, h, block, thread
+        )
 
     @cute.jit
-    def go(self, x, token, choice, e, share, w1, w3, s1, s3, t1, t3, limit, h, block, thread):
-        """The tiles of a block, of one choice: expert e, and what its hidden numbers are multiplied by."""
-        self.weights = [w.iterator.toint() + e * self.matrix for w in (w1, w3)]
+    def go(self, x, token, e, share, w1, w3, s1, s3, t1, t3, limit, h, block, thread):
+        """The tiles of a block, of one token. Threads 0 to k - 1 know its experts e, and what their hidden numbers are
+        multiplied by."""
+        ids, factors = self.ids, self.factors
+        if thread < self.k:
+            ids[thread] = e
+            factors[thread, 0] = share
+            factors[thread, 1], factors[thread, 2] = Float32(self.back), Float32(self.back)
+            if const_expr(t1 is not None):
+                factors[thread, 1], factors[thread, 2] = Float32(self.back) * t1[e], Float32(self.back) * t3[e]
+        cute.arch.barrier()
+        self.weights = [w.iterator.toint() for w in (w1, w3)]
         self.scales_at = self.weights
         if const_expr(s1 is not None):
-            self.scales_at = [s.iterator.toint() + e * self.scale_matrix for s in (s1, s3)]
+            self.scales_at = [s.iterator.toint() for s in (s1, s3)]
         self.begin(thread, block)
         self.fill()
         whole = cute.make_layout((1, self.K), stride=(self.K, 1))
         self.stage_vectors(cute.make_tensor(x[token, None].iterator, whole), None, thread)
-        self.by_gate, self.by_up = Float32(self.back), Float32(self.back)
-        if const_expr(t1 is not None):
-            self.by_gate, self.by_up = self.by_gate * t1[e], self.by_up * t3[e]
-        self.share, self.limit, self.h, self.choice = share, limit, h, choice
+        self.limit, self.h, self.token = limit, h, token
         cute.arch.barrier()
         self.run(thread)
 
@@ -110,14 +127,14 @@ class GateUp(stream.Stream):
     @cute.jit
     def emit(self, tile, turn, parity, thread):
         """The hidden numbers of a tile: of each 16 rows, the first half are gate's, the other up's."""
-        half, hidden = self.rows_of_tile // 2, self.h
-        column = tile * half + thread
+        half, hidden, factors = self.rows_of_tile // 2, self.h, self.factors
+        j, column = tile // self.of_choice, tile % self.of_choice * half + thread
         if thread < half and column < self.I:
             row = thread // HALF * ROWS + thread % HALF
-            g = self.total(parity, 0, row) * self.by_gate
-            u = self.total(parity, 0, row + HALF) * self.by_up
-            h = swiglu(g, u, self.limit) * self.share
-            hidden[self.choice, column] = h.to(self.dtype)
+            g = self.total(parity, 0, row) * factors[j, 1]
+            u = self.total(parity, 0, row + HALF) * factors[j, 2]
+            h = swiglu(g, u, self.limit) * factors[j, 0]
+            hidden[self.token * self.k + j, column] = h.to(self.dtype)
 
 
 class Down(stream.Stream):
@@ -202,7 +219,7 @@ class Experts:
         stream,
     ):
         self.up.kernel(x, expert, gate, w1, w3, s1, s3, t1, t3, limit, h).launch(
-            grid=[self.up.grid, self.shape.N * self.shape.k, 1],
+            grid=[self.up.grid, self.shape.N, 1],
             block=[self.up.threads, 1, 1],
             stream=stream,
             use_pdl=self.up.overlaps,
@@ -240,7 +257,9 @@ def program(shape: Shape, config: Config):
 
 def configs(shape: Shape) -> Iterator[Config]:
     """The best of each first, then others of one with the best of the other."""
-    ups, downs = (list(islice(stream.configs_of(work), 8)) for work in (shape.up, shape.down))
+    ups, downs = (configs_of(work)[:8] for work in (shape.up, shape.down))
+    if not ups or not downs:
+        return
     yield Config(ups[0], downs[0])
     yield from (Config(up, downs[0]) for up in ups[1:])
     yield from (Config(ups[0], down) for down in downs[1:])

@@ -11,8 +11,9 @@ from cutlass import Float32, Int32, const_expr
 from dsv4_compile.kernel import Kernel, fake
 from dsv4_compile.kernel import stream as current
 from dsv4_compile.kernels import stored
+from dsv4_compile.kernels.division import configs_of
 from dsv4_compile.kernels.gemv import scale_argument
-from dsv4_compile.kernels.stream import DTYPES, ROWS, Config, Stream, Work, configs_of, kind, loaded
+from dsv4_compile.kernels.stream import DTYPES, ROWS, Config, Stream, Work, kind, loaded
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def program(shape: Shape, config: Config):
 
 
 def configs(shape: Shape) -> Iterator[Config]:
-    return configs_of(shape.work)
+    return iter(configs_of(shape.work))
 
 
 KERNEL = Kernel("shared_expert", __file__, program, configs)

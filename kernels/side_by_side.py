@@ -2,14 +2,16 @@
 for; a launch of its own would cost either of them its beginning and its end."""
 
 from collections.abc import Iterator
-from itertools import product
+from itertools import islice
 
 import cutlass.cute as cute
 
-from dsv4_compile.kernels.stream import SHARED, SMS, Config, Work, configs_of, cost
+from dsv4_compile.kernels.division import Needs, together
+from dsv4_compile.kernels.stream import SMS, Config, Work
+from dsv4_compile.kernels.stream_cost import READ, cost
 
 FEW = 24  # candidates of either that are tried together
-MOST = 8  # pairs
+TRIED, MOST = 96, 8  # pairs
 
 
 class Arena:
@@ -30,9 +32,12 @@ def pairs(first: Work, second: Work, *more: int) -> Iterator[tuple[Config, Confi
     """Configurations of both, best first. more: bytes that a block of either needs beside."""
     if first.grids * 2 > SMS:
         return
-    each = ([c for c in configs_of(work) if c.overlaps and c.split == 1][:FEW] for work in (first, second))
-    fit = [p for p in product(*each) if p[0].warps == p[1].warps and memory(first, second, p, *more) <= SHARED]
-    yield from sorted(fit, key=lambda p: cost(first, p[0]) + cost(second, p[1]))[:MOST]
+    needs = (Needs(bytes_, beside=True) for bytes_ in more or (0, 0))
+    both = zip((first, second), needs, strict=True)
+    found = list(islice(together(*both, FEW), TRIED))
+    yield from sorted(
+        found, key=lambda pair: cost(first, pair[0]) + cost(second, pair[1]) + waited(first, second, pair)
+    )[:MOST]
 
 
 def memory(first: Work, second: Work, both: tuple[Config, Config], *more: int) -> int:
@@ -43,6 +48,17 @@ def memory(first: Work, second: Work, both: tuple[Config, Config], *more: int) -
 
 def blocks(first: Work, second: Work, both: tuple[Config, Config]) -> tuple[int, int]:
     """Of each grid of the first, and of the second, which has one: so that nobody has much more to read than others."""
+    return shares(first, second, both)[1:]
+
+
+def waited(first: Work, second: Work, both: tuple[Config, Config]) -> float:
+    """Microseconds that others wait for the block that has most to read."""
+    busiest = shares(first, second, both)[0]
+    return (busiest - sum(w.bytes for w in (first, second)) / SMS) * SMS / READ
+
+
+def shares(first: Work, second: Work, both: tuple[Config, Config]) -> tuple[float, int, int]:
+    """Bytes of the block that has most; blocks of each grid of the first, and of the second."""
     tiles, bytes_ = zip(
         *(
             (w.tiles(c), c.rows * w.stored.row_bytes(w.K) * (1 + w.stored.scale_share))
@@ -55,4 +71,5 @@ def blocks(first: Work, second: Work, both: tuple[Config, Config]) -> tuple[int,
         of_first = min(tiles[0], (SMS - of_second) // first.grids)
         loads = [-(-t // n) * b for t, n, b in zip(tiles, (of_first, of_second), bytes_, strict=True)]
         found.append((max(loads), sum(loads), of_first, of_second))
-    return min(found)[2:]
+    busiest, _, *blocks = min(found)
+    return busiest, *blocks

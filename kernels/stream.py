@@ -2,12 +2,13 @@
 
 A block of warps computes a tile of rows at a time: 16 of them, and its warps split K; or 64 and more, and teams of warps do.
 Each warp keeps a ring of stages in shared memory full with asynchronous copies that it alone waits for, across tiles too, so
-that the memory system never drains. Partial sums are added in the order of the teams. The blocks of a cluster may split K in
-turn: they keep their sums until the end, and add them up in their order.
+that the memory system never drains. Partial sums are added as a tree, which is the same if half as many teams have two sums
+each (`chains`). The blocks of a cluster may split K in turn: they give their sums to each other, and at the end add them up in
+their order. Which configurations give the same bits is in `division`.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import cutlass
 import cutlass.cute as cute
@@ -24,19 +25,6 @@ SMS = 132  # processors that the cost model reckons with
 SHARED = 227 << 10  # bytes of a block at most
 DTYPES = {"bf16": BFloat16, "fp32": Float32}
 ONE_MORE = 77 << 10  # bytes of a block of which only two fit
-IN_FLIGHT = 96 << 10  # bytes of a processor: what memory's latency asks for
-IN_FLIGHT_4 = 64 << 10  # of four bits: more keeps the next launch off
-
-# Of the cost model: bytes a microsecond of all processors, of one, and of one from the second cache; instructions of all lanes
-# of a processor a microsecond; microseconds that a launch takes, and one that overlaps with the launch before; of those, the
-# ones in which rings fill; the end of a tile; a cluster. Instructions for a weight, and for a number of a vector.
-READ, ALONE, CACHED, LANES_A_US = 4.35e6, 4.2e4, 7e4, 128 * 1750 * 0.7
-LAUNCH, FOLLOW, HIDDEN, TILE_END, CLUSTER = 1.9, 1.0, 0.9, 0.05, 1.3
-WIDE_END, WIDE_VECTOR = 0.15, 0.04  # the end of a tile of 64 rows or more, and what a vector adds to it
-DECODED = {"bf16": 1.0, "fp32": 7.0, "fp8": 3.6, "mxfp4": 3.0, "nvfp4": 4.2}
-DIGITS = {"fp8": 1.8, "mxfp4": 2.4, "nvfp4": 2.9}
-SPREAD = {"mxfp4": 1.6, "nvfp4": 1.9}  # of a single vector
-COLUMNS, STAGE, STAGED, SPLIT_NUMBER = 0.6, 65, 4, 5
 
 
 def processors(split: int) -> int:
@@ -47,7 +35,8 @@ def processors(split: int) -> int:
 @dataclass(frozen=True)
 class Config:
     """warps: of a block. stages: of a warp's ring. blocks: of the format's blocks of K in a stage. resident: thread blocks of
-    a processor, which is what the grid is sized for. rows: of a tile, 16, or fours of them. split: blocks of a cluster."""
+    a processor, which is what the grid is sized for. rows: of a tile, 16, or fours of them. split: blocks of a cluster.
+    chains: sums of a warp, to which its stages go in turn. spread: whether `digits` may do so with a single vector."""
 
     warps: int
     stages: int
@@ -55,6 +44,8 @@ class Config:
     resident: int
     rows: int = ROWS
     split: int = 1
+    chains: int = 1
+    spread: bool = True
 
     @property
     def teams(self) -> int:
@@ -70,7 +61,8 @@ class Config:
 @dataclass(frozen=True)
 class Work:
     """What a kernel streams: `rows` of K columns in `segments` (matrices one after the other, each with its own columns),
-    times M vectors, `grids` times (groups, choices, tokens). splits: blocks that may share a row."""
+    times M vectors, `grids` times (groups, choices, tokens). splits: blocks that may share a row. each: grids of a token, or 0
+    where the vectors are the tokens. parts: matrices of so many rows, tiled one after the other."""
 
     format: str
     e8m0: bool
@@ -81,13 +73,25 @@ class Work:
     rows: int
     grids: int
     splits: int = 8
+    each: int = 0
+    parts: int = 1
 
-    @property
+    def of(self, tokens: int) -> "Work":
+        """The same for another number of tokens."""
+        return replace(self, grids=tokens * self.each) if self.each else replace(self, M=tokens)
+
+    @cached_property
     def stored(self) -> stored.Format:
         return stored.Format(self.format, self.e8m0)
 
+    @property
+    def bytes(self) -> float:
+        """Of all matrices, scales included."""
+        row = self.segments * self.stored.row_bytes(self.K) * (1 + self.stored.scale_share)
+        return row * self.rows * self.parts * self.grids
+
     def tiles(self, config: Config) -> int:
-        return -(-self.rows // config.rows)
+        return self.parts * -(-self.rows // config.rows)
 
     def part(self, config: Config) -> int:
         """Columns of a segment that a block of a cluster has."""
@@ -95,7 +99,11 @@ class Work:
 
     def steps(self, config: Config) -> int:
         """Stages that a warp goes through for one segment of one tile."""
-        return -(-self.part(config) // (self.stored.block * config.blocks * config.teams))
+        return -(-self.part(config) // self.dealt(config)) * config.chains
+
+    def dealt(self, config: Config) -> int:
+        """Columns of which each sum of a block gets one stage."""
+        return self.stored.block * config.blocks * config.teams * config.chains
 
     def columns(self, config: Config) -> int:
         """A block's part of a segment, filled up."""
@@ -120,8 +128,8 @@ class Work:
         else:
             vectors = digits.vector_bytes(self.format, self.M, columns)
         sums = self.M * config.rows * 4
-        kept = self.turns(config) * sums if config.split > 1 else 0
-        return ring + vectors + 2 * config.teams * sums + kept + 4 * self.segments * 2 + 256
+        kept = config.split * self.turns(config) * sums if config.split > 1 else 0
+        return ring + vectors + 2 * config.teams * sums + kept + 8 * self.segments + 16 * self.parts + 256
 
     def grid(self, config: Config) -> int:
         """Thread blocks of one group, or clusters."""
@@ -138,62 +146,20 @@ class Work:
             return False
         if config.teams == 0 or config.split > self.splits or config.resident * config.warps > 48:
             return False
-        part, block, many = self.part(config), self.stored.block, config.resident
-        if wide and (part % (block * config.blocks * config.teams) or config.blocks * block % digits.POINT):
+        part, many = self.part(config), config.resident
+        if wide and (part % self.dealt(config) or config.blocks * self.stored.block % digits.POINT):
             return False
         if config.split > 1 and (self.K % config.split or part % 128):
             return False
-        if (
-            config.split > 1 and self.grid(config) * self.grids * config.split < 64
-        ):  # what is small is not worth a cluster
-            return False
         return many * (self.shared(config) + 1024) <= SHARED + 1024
 
+    def pays(self, config: Config) -> bool:
+        """What is small is not worth a cluster."""
+        return config.split == 1 or self.grid(config) * self.grids * config.split >= 64
 
-def configs_of(work: Work) -> Iterator[Config]:
-    """Those that fit, best first by `cost`."""
-    found = []
-    for rows in (ROWS, TEAM * ROWS, 2 * TEAM * ROWS, 4 * TEAM * ROWS):
-        for warps_ in (4, 8, 16):
-            for stages in (3, 4, 6, 8):
-                for blocks in (1, 2, 4):
-                    for resident in (1, 2, 3, 4, 6):
-                        for split in (1, 2, 4, 8):
-                            config = Config(warps_, stages, blocks, resident, rows, split)
-                            if work.fits(config):
-                                found.append(config)
-    yield from sorted(found, key=lambda c: cost(work, c))
-
-
-def cost(work: Work, config: Config) -> float:
-    """Microseconds of a launch, roughly: what is fixed; the vectors are staged; then the larger of reading and decoding, and
-    some of the other. Fitted to an H200."""
-    f, wide, blocks = work.stored, config.rows > ROWS, work.grid(config) * work.grids * config.split
-    waves = -(-blocks // (processors(config.split) * config.resident))
-    present = min(config.resident, -(-blocks // SMS))  # thread blocks of a processor
-    row_bytes = work.segments * f.row_bytes(work.K) * (1 + f.scale_share)
-    busiest = waves * present * work.turns(config) * config.rows * row_bytes / config.split
-    flying = present * config.warps * (config.stages - 1) * sum(work.stage_words(config)) * 4
-    wanted = IN_FLIGHT_4 if stored.BITS[work.format] == 4 else IN_FLIGHT
-    slow = max(1.0, min(wanted, busiest) / flying) ** 0.15
-    reading = max(row_bytes * work.rows * work.grids / READ, busiest / ALONE) * slow
-    if config.overlaps:
-        reading = max(0.2, reading - min(HIDDEN, min(busiest, flying) * SMS / READ))
-    each = STAGE / (config.blocks * f.block * ROWS / LANES)
-    if wide:
-        costs = SPREAD if digits.spread(work.format, work.M) else DIGITS
-        each += costs[work.format] + COLUMNS * (digits.eights(work.format, work.M) - 1)
-    else:
-        each += DECODED[work.format]
-    columns = work.segments * work.columns(config)
-    numbers = waves * present * work.turns(config) * config.rows * columns
-    decoding = numbers * each / LANES_A_US * max(1.0, 16 / (present * config.warps)) ** 0.45
-    stream = (reading**3 + decoding**3) ** (1 / 3)
-    staged = waves * present * work.M * columns * (2 / CACHED + (SPLIT_NUMBER if wide else STAGED) / LANES_A_US)
-    end = WIDE_END + WIDE_VECTOR * work.M if wide else TILE_END
-    ends = end * work.turns(config) / present + CLUSTER * (config.split - 1) ** 0.5
-    habits = 0.02 * config.stages + 0.02 * config.resident + 0.06 * abs(config.blocks - 2)
-    return (FOLLOW if config.overlaps else LAUNCH) + stream + staged + ends + habits
+    def spreads(self, config: Config) -> bool:
+        """Whether columns of a single vector lie apart: see `digits`."""
+        return config.rows > ROWS and config.spread and digits.spread(self.format, self.M)
 
 
 class Stream:
@@ -205,7 +171,7 @@ class Stream:
         self.M, self.K, self.segments = work.M, work.K, work.segments
         self.tiles, self.grid, self.turns = work.tiles(config), work.grid(config), work.turns(config)
         self.warps, self.teams, self.stages, self.blocks = config.warps, config.teams, config.stages, config.blocks
-        self.rows_of_tile, self.split = config.rows, config.split
+        self.rows_of_tile, self.split, self.chains = config.rows, config.split, config.chains
         self.threads = LANES * config.warps
         self.steps, self.columns, self.part = work.steps(config), work.columns(config), work.part(config)
         self.weight_words, self.scale_words = work.stage_words(config)
@@ -231,7 +197,7 @@ class Stream:
         sums = self.M * self.rows_of_tile
         self.partial = smem.allocate_tensor(Float32, cute.make_layout((2 * self.teams * sums,)), 16)
         if const_expr(self.split > 1):
-            self.kept = smem.allocate_tensor(Float32, cute.make_layout((self.turns * sums,)), 16)
+            self.kept = smem.allocate_tensor(Float32, cute.make_layout((self.turns * sums, self.split)), 16)
         room = ONE_MORE - self.work.needed(self.config)
         if const_expr(self.overlaps and room > 0 and arena is None):
             smem.allocate_tensor(Int32, cute.make_layout((room // 4,)), 16)
@@ -269,6 +235,8 @@ class Stream:
     def begin(self, thread, block):
         """State of the copies: the next tile, segment and step; addresses of the two rows, and of the scales."""
         self.first, self.rank = block // self.split, block % self.split
+        if const_expr(self.split > 1):
+            cute.arch.cluster_arrive()  # others may write here from now on
         self.from_column = self.rank * self.part
         self.warp, self.lane = cute.arch.make_warp_uniform(thread // LANES), thread % LANES
         self.g, self.t = self.lane // 4, self.lane % 4
@@ -409,29 +377,36 @@ class Stream:
 
     @cute.jit
     def tile_sums(self, sums, slot):
-        """Go through all stages of one tile; returns the slot after the last."""
+        """Go through all stages of one tile; returns the slot after the last. sums [numbers, chains]: at the end the first has
+        all of them."""
         self.start(sums)
         for segment in cutlass.range(self.segments, unroll=1):
-            for step in cutlass.range(self.steps, unroll=1):
-                cute.arch.cp_async_wait_group(self.stages - 2)
-                cute.arch.sync_warp()
-                before = slot - 1 if slot > 0 else Int32(self.stages - 1)
-                self.issue(before)  # what lay there was consumed one step ago
-                self.consume(sums, slot, segment, step)
-                slot = slot + 1 if slot < self.stages - 1 else Int32(0)
-        self.finish(sums)
+            for first in cutlass.range(0, self.steps, self.chains, unroll=1):
+                for chain in cutlass.range_constexpr(self.chains):
+                    cute.arch.cp_async_wait_group(self.stages - 2)
+                    cute.arch.sync_warp()
+                    before = slot - 1 if slot > 0 else Int32(self.stages - 1)
+                    self.issue(before)  # what lay there was consumed one step ago
+                    self.consume(sums[None, chain], slot, segment, first + chain)
+                    slot = slot + 1 if slot < self.stages - 1 else Int32(0)
+        for chain in cutlass.range_constexpr(self.chains):
+            self.finish(sums[None, chain])
+        for i in cutlass.range_constexpr(self.sums):
+            sums[i, 0] = tree([sums[i, chain] for chain in range(self.chains)])
         return slot
 
     @cute.jit
     def run(self, thread):
         """All tiles of this block."""
-        sums = cute.make_rmem_tensor((self.sums,), Float32)
+        sums = cute.make_rmem_tensor((self.sums, self.chains), Float32)
         slot, parity, turn = Int32(0), Int32(0), Int32(0)
+        if const_expr(self.split > 1):
+            cute.arch.cluster_wait()
         for tile in cutlass.range(self.first, self.tiles, self.grid, unroll=1):
             self.before(tile)
             slot = self.tile_sums(sums, slot)
             base = (parity * self.teams + self.team) * (self.M * self.rows_of_tile) + self.member * ROWS
-            self.put_partial(sums, base)
+            self.put_partial(sums[None, 0], base)
             cute.arch.barrier()
             self.emit(tile, turn, parity, thread)
             parity, turn = parity ^ 1, turn + 1
@@ -444,27 +419,28 @@ class Stream:
 
     @cute.jit
     def emit(self, tile, turn, parity, thread):
-        """What the teams have of a tile, added up."""
-        count, kept = self.M * self.rows_of_tile, self.kept if self.split > 1 else None
+        """What the teams have of a tile, added up; with a cluster, for the block that adds up what all of its blocks have."""
+        count = self.M * self.rows_of_tile
         for i in cutlass.range_constexpr(-(-count // self.threads)):
             index = i * self.threads + thread
             if index < count:
                 m, row = index // self.rows_of_tile, index % self.rows_of_tile
                 if const_expr(self.split > 1):
-                    kept[turn * count + index] = self.total(parity, m, row)
+                    place = turn * count + index
+                    at = self.kept.iterator.toint() + 4 * (self.rank * self.turns * count + place)
+                    there = warps.of_block(at, place // self.threads % self.split)
+                    warps.put_number(there, self.total(parity, m, row))
                 else:
                     self.put(tile, m, row, self.total(parity, m, row))
 
     def total(self, parity, m, row):
-        """Of row `row` of the tile and vector m: the teams' sums in their order."""
-        result = Float32(0.0)
-        for w in range(self.teams):
-            result = result + self.partial[((parity * self.teams + w) * self.M + m) * self.rows_of_tile + row]
-        return result
+        """Of row `row` of the tile and vector m: the teams' sums."""
+        first = parity * self.teams
+        return tree([self.partial[((first + w) * self.M + m) * self.rows_of_tile + row] for w in range(self.teams)])
 
     @cute.jit
     def exchange(self, thread):
-        """Add up what the blocks of the cluster kept; each finishes a share of it."""
+        """Add up what the blocks of the cluster have; each finishes a share of it."""
         cute.arch.cluster_arrive()
         cute.arch.cluster_wait()
         per_tile, step = self.M * self.rows_of_tile, self.threads * self.split
@@ -474,12 +450,19 @@ class Stream:
             tile = self.first + turn * self.grid
             if index < self.turns * per_tile:
                 if tile < self.tiles:
-                    at, total = self.kept.iterator.toint() + 4 * index, Float32(0.0)
+                    total = Float32(0.0)
                     for b in cutlass.range_constexpr(self.split):
-                        total = total + warps.load_word(warps.of_block(at, b), False)
+                        total = total + self.kept[index, b]
                     self.put(tile, place // self.rows_of_tile, place % self.rows_of_tile, total)
-        cute.arch.cluster_arrive()  # others may still be reading
-        cute.arch.cluster_wait()
+
+
+def tree(numbers):
+    """The sum of a power of two of numbers: one half is added to the other, and so on. Sum c of team t is number
+    c teams + t, so that the teams begin this, each with its own sums, and `Stream.total` goes on."""
+    while len(numbers) > 1:
+        half = len(numbers) // 2
+        numbers = [numbers[i] + numbers[i + half] for i in range(half)]
+    return numbers[0]
 
 
 @cute.jit

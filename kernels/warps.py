@@ -65,6 +65,11 @@ def of_block(address, block):
     )
 
 
+def put_number(address, number):
+    """Into shared memory of another block."""
+    cute.arch.inline_ptx("st.shared::cluster.f32 [{$r0}], {$r1};", read_only_args=[address, number])
+
+
 def load_word(address, local: bool):
     """From shared memory; `local`: of this block, else at an address that `of_block` gave."""
     space = "shared" if local else "shared::cluster"
@@ -90,6 +95,19 @@ def load_four(address):
         write_only_types=[Int32] * 4,
         read_only_args=[address],
     )
+
+
+def load_integer(address):
+    return cute.arch.inline_ptx("ld.shared.b32 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
+
+
+def load_byte(address):
+    return cute.arch.inline_ptx("ld.shared.u8 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
+
+
+def store_four(address, words):
+    """Into this block's shared memory."""
+    cute.arch.inline_ptx("st.shared.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[address, *words])
 
 
 def store_word(address, value):

@@ -1,5 +1,6 @@
 """All of a mixture of experts but the router's product: choices, routed experts, the shared one, and what mHC makes of it."""
 
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from dsv4_compile.lowerings import gemv, moe, router
 from dsv4_compile.lowerings.linear import linear, sizes_of
 from dsv4_compile.lowerings.norm import DTYPES
 from dsv4_compile.lowerings.shared_expert import shared_expert, streams_fit
-from dsv4_compile.op import Cost, Tensor, known, op
+from dsv4_compile.op import Cost, Tensor, alike, known, op
 
 
 @op("dsv4::experts")
@@ -102,11 +103,21 @@ def few_and_stored(a: Any) -> bool | str:
         return "nothing to compute"
     if a.X is not None and (verdict := streams_fit(a.x, a.X, a.post, a.comb)) is not True:
         return verdict
-    return runs(shape_of(a)) or "more choices than processors, or vectors beyond shared memory"
+    return at_once(shape_of(a)) > 0 or "more choices than processors, or vectors beyond shared memory"
+
+
+def of_tokens(shape: Any, count: int) -> Any:
+    """The same for so many."""
+    return replace(shape, routed=replace(shape.routed, N=count))
+
+
+def at_once(shape: Any) -> int:
+    """How many of the tokens its launches take, or 0: see `gemv.at_once`."""
+    return gemv.at_once(shape.routed.N, lambda n: runs(of_tokens(shape, n), alike()))
 
 
 @cache
-def runs(shape: Any) -> bool:
+def runs(shape: Any, alike: bool) -> bool:
     from dsv4_compile.kernels.experts import configs
 
     return any(True for _ in configs(shape))
@@ -131,36 +142,28 @@ def _(*given):
     a = SimpleNamespace(**experts.arguments(*given))
     shape, (N, D) = shape_of(a), a.x.shape
     y = torch.empty((a.x if a.X is None else a.X).shape, dtype=a.x.dtype, device=a.x.device)
-    h, g = a.x.new_empty(N * a.k, shape.routed.I), a.x.new_empty(N, shape.H)
+    h, g = a.x.new_empty(N, a.k, shape.routed.I), a.x.new_empty(N, shape.H)
     routed = a.x.new_empty(N, D, dtype=torch.float32)
     own, scales, twice = (a.v1, a.v3, a.v2), (a.r1, a.r3, a.r2), (a.u1, a.u3, a.u2)
-    early = int(gemv.settled(y, *own, *scales, *twice))
 
     def all_or_none(tensors, how):
         return None if tensors[0] is None else tuple(map(how, tensors))
 
-    launch(
-        shape,
-        a.x.contiguous(),
-        a.logits.contiguous(),
-        None if a.bias is None else a.bias.contiguous(),
-        None if a.expert is None else a.expert.contiguous(),
-        None if a.token is None else a.token.contiguous(),
-        a.factor,
-        a.eps,
+    of_routed = (
         tuple(map(gemv.words, (a.w1, a.w3, a.w2))),
         all_or_none((a.s1, a.s3, a.s2), gemv.flat),
         all_or_none((a.t1, a.t3, a.t2), lambda t: t),
-        a.limit,
-        tuple(map(gemv.words, own)),
-        all_or_none(scales, gemv.flat),
-        all_or_none(twice, lambda u: u.view(1)),
-        a.own_limit,
-        all_or_none((a.X, a.post, a.comb), lambda t: t.contiguous()),
-        h,
-        g,
-        routed,
-        y,
-        early,
     )
+    of_own = tuple(map(gemv.words, own)), all_or_none(scales, gemv.flat), all_or_none(twice, lambda u: u.view(1))
+    bias, table = (None if t is None else t.contiguous() for t in (a.bias, None if a.token is None else a.expert))
+    chosen = a.expert if a.token is None else None
+    rows = [None if t is None else t.contiguous() for t in (a.x, a.logits, chosen, a.token, h, g, routed, y)]
+    streams = all_or_none((a.X, a.post, a.comb), lambda t: t.contiguous())
+    for first, n in gemv.turns(N, at_once(shape)):
+        early = int(gemv.settled(y, *own, *scales, *twice))
+        x, logits, expert, token, hidden, *made = (None if t is None else gemv.some(t, first, n) for t in rows)
+        mixed = None if streams is None else tuple(gemv.some(t, first, n) for t in streams)
+        choices = bias, expert if table is None else table, token
+        given = x, logits, *choices, a.factor, a.eps, *of_routed, a.limit, *of_own, a.own_limit, mixed
+        launch(of_tokens(shape, n), *given, hidden.view(-1, hidden.shape[-1]), *made, early)
     return y

@@ -1,6 +1,6 @@
 """Products of few rows on a GPU: which ones the kernels that stream a matrix take, and how arguments reach them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -10,12 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
 from dsv4_compile.lowerings.norm import DTYPES
-from dsv4_compile.op import Tensor, known
+from dsv4_compile.op import Tensor, alike, few_tokens, known
 
 if TYPE_CHECKING:
     from dsv4_compile.kernels.gemv import Shape
 
-ROWS = 8  # beyond them, other kernels use the processors better
+ROWS = 8  # of one launch; beyond them, other kernels use the processors better
 ALIGNED = {"bf16": 8, "fp32": 8, "fp8": 16, "mxfp4": 32, "nvfp4": 32}  # columns of a row's loads
 
 
@@ -54,7 +54,8 @@ def few(x: Tensor, rows: Any) -> bool | str:
     """Whether the vectors suit the kernels."""
     if x.dtype not in DTYPES:
         return f"vectors of {x.dtype}: the kernels take bfloat16 and float32"
-    return known(rows <= ROWS) or f"more than {ROWS} rows, or a number that is not known"
+    most = few_tokens()
+    return known(rows <= most) or f"more than {most} rows, or a number that is not known"
 
 
 def words(weight: Tensor) -> Tensor:
@@ -81,18 +82,36 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor | None, scale_2: Tensor | 
     assert format is not None, "`streams` was not asked"
     e8m0 = scale is None or scale.dtype != torch.float32
     shape = Shape(M, G, R, K, format, e8m0, DTYPES[x.dtype], DTYPES[out])
-    early = int(settled(y, weight, scale, scale_2))
     stored = words(weight), flat(scale), None if scale_2 is None else scale_2.view(1)
-    at_once = rows_at_once(shape)
-    if at_once >= M:
-        launch(shape, x.contiguous(), *stored, y, early)
-        return y
-    for first in range(0, M, at_once):
-        part = x[:, first : first + at_once].contiguous()
-        rows = y.new_empty(G, part.shape[1], R)
-        launch(replace(shape, M=part.shape[1]), part, *stored, rows, early)
-        y[:, first : first + at_once] = rows
+    for first, m in turns(M, rows_at_once(replace(shape, M=ROWS) if alike() else shape, alike())):
+        lies_apart = G > 1 and m < M
+        given, rows = (t.narrow(1, first, m) if lies_apart else some(t, first, m, 1) for t in (x, y))
+        made = y.new_empty(G, m, R) if lies_apart else rows
+        early = int(settled(made, weight, scale, scale_2))
+        launch(replace(shape, M=m), given.contiguous(), *stored, made, early)
+        if lies_apart:
+            rows.copy_(made)
     return y
+
+
+def turns(count: int, at_once: int) -> Iterator[tuple[int, int]]:
+    """Tokens, so many in a launch: the first, and how many."""
+    return ((first, min(at_once, count - first)) for first in range(0, count, at_once))
+
+
+def some(x: Tensor, first: int, count: int, axis: int = 0) -> Tensor:
+    """Rows of a tensor, which lie as if nothing were around them; axes before this one have size 1."""
+    if count == x.shape[axis]:
+        return x
+    return x.narrow(axis, first, count) if axis == 0 else some(x.squeeze(0), first, count, axis - 1).unsqueeze(0)
+
+
+def at_once(count: int, runs: Callable[[int], bool]) -> int:
+    """How many of so many tokens a launch takes: all, or none if `runs` says that so many do not fit. Where results must not
+    depend on their number, as many as fit, in all cases."""
+    if not alike():
+        return count if runs(count) else 0
+    return next((n for n in range(ROWS, 0, -1) if runs(n)), 0)
 
 
 WRITTEN: set[int] = set()  # where the memory begins that the last launch of this kind writes
@@ -117,15 +136,19 @@ def owner(x: Tensor) -> Tensor:
     return x if x._base is None else x._base
 
 
-@cache
 def fits(shape: Any) -> bool:
     """Whether a kernel that streams matrices has a configuration for this; shape: of `kernels.gemv` or one like it."""
+    return has_configs(shape, alike())
+
+
+@cache
+def has_configs(shape: Any, alike: bool) -> bool:
     from dsv4_compile.kernels.gemv import configs
 
     return any(True for _ in configs(shape))
 
 
 @cache
-def rows_at_once(shape: "Shape") -> int:
+def rows_at_once(shape: "Shape", alike: bool = False) -> int:
     """How many of the vectors fit into shared memory."""
-    return next(M for M in range(shape.M, 0, -1) if fits(replace(shape, M=M)))
+    return next(M for M in range(shape.M, 0, -1) if has_configs(replace(shape, M=M), alike))

@@ -8,9 +8,7 @@ import torch.nn.functional as F
 
 from dsv4_compile.lowerings import gemv, native
 from dsv4_compile.lowerings.dequantize import dequantize, dequantized, stored_sizes
-from dsv4_compile.op import Cost, Tensor, acc, op
-
-FEW = 8  # rows; up to here a product is bound by reading the weight
+from dsv4_compile.op import Cost, Tensor, acc, few_tokens, op
 
 
 @op("dsv4::linear")
@@ -61,7 +59,7 @@ def stored(a) -> bool | str:
 def _(x, weight, scale, scale_2):
     if scale is None:
         return F.linear(x, weight.to(x.dtype))
-    if len(x) <= FEW and (y := few_rows(x, weight, scale, scale_2)) is not None:
+    if len(x) <= few_tokens() and (y := few_rows(x, weight, scale, scale_2)) is not None:
         return y
     return F.linear(x, dequantized(weight, scale, scale_2).to(x.dtype))
 
@@ -114,7 +112,7 @@ def _(x, weight, scale, scale_2):
 def _(x, weight, scale, scale_2):
     if scale is None:
         w = weight.to(x.dtype)
-    elif x.shape[1] <= FEW and (y := few_rows(x, weight, scale, scale_2)) is not None:
+    elif x.shape[1] <= few_tokens() and (y := few_rows(x, weight, scale, scale_2)) is not None:
         return y
     else:
         w = dequantized(weight, scale, scale_2).to(x.dtype)

@@ -4,6 +4,7 @@ does as if the matrices were one. RMSNorm may be in front of them.
 An op for each number of them: an op's tensors are known by name.
 """
 
+from dataclasses import replace
 from functools import cache
 from inspect import Parameter, Signature
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from dsv4_compile.lowerings import gemv
 from dsv4_compile.lowerings.linear import linear, linear_wide, sizes_of
 from dsv4_compile.lowerings.norm import DTYPES, rms_norm
-from dsv4_compile.op import Cost, Op, Tensor, op
+from dsv4_compile.op import Cost, Op, Tensor, alike, op
 
 MOST = 7  # of one launch: all that read what comes into attention with an indexer
 
@@ -80,7 +81,7 @@ def of(count: int, normed: bool) -> Op:
         kinds = len(by_format(pairs))
         if kinds > (2 if norm is None else 1):
             return f"weights in {kinds} formats: one launch takes two, behind a norm one"
-        return fits(shape_of(a.x, pairs, a.wide, norm)) or "vectors beyond shared memory"
+        return at_once(shape_of(a.x, pairs, a.wide, norm), len(a.x)) > 0 or "vectors beyond shared memory"
 
     @made.on("cuda", arch="sm_90+", when=streamed)
     def _(x, *given):
@@ -93,14 +94,16 @@ def of(count: int, normed: bool) -> Op:
         shape, order = shape_of(x, pairs, wide, norm), [i for part in by_format(pairs) for i in part]
         item = [torch.float32 if wide >> i & 1 else x.dtype for i in range(count)]
         ys = tuple(x.new_empty(len(x), len(w), dtype=dtype) for w, dtype in zip(ws, item, strict=True))
-        early = int(gemv.settled(ys, *ws, *ss))
         words = tuple(gemv.words(ws[i]) for i in order)
         scales = tuple(gemv.flat(ss[i]) for i in order if ss[i] is not None) or None
-        outs = tuple(ys[i] for i in order)
-        if isinstance(shape, kernel.Mixed):
-            kernel.launch_mixed(shape, x.contiguous(), words, scales, outs, early)
-        else:
-            kernel.launch(shape, x.contiguous(), norm, eps, words, scales, outs, early)
+        x = x.contiguous()
+        for first, m in gemv.turns(len(x), at_once(shape, len(x))):
+            early, here = int(gemv.settled(ys, *ws, *ss)), of_vectors(shape, m)
+            rows, *outs = (gemv.some(t, first, m) for t in (x, *(ys[i] for i in order)))
+            if isinstance(here, kernel.Mixed):
+                kernel.launch_mixed(here, rows, words, scales, tuple(outs), early)
+            else:
+                kernel.launch(here, rows, norm, eps, words, scales, tuple(outs), early)
         return ys if count > 1 else ys[0]
 
     return made
@@ -133,8 +136,22 @@ def shape_of(x: Tensor, pairs: Any, wide: int, norm: Tensor | None) -> Any:
     return parts[0] if len(parts) == 1 else Mixed(*parts)
 
 
+def of_vectors(shape: Any, count: int) -> Any:
+    """The same for so many."""
+    from dsv4_compile.kernels.linears import Mixed
+
+    if isinstance(shape, Mixed):
+        return Mixed(of_vectors(shape.first, count), of_vectors(shape.second, count))
+    return replace(shape, M=count)
+
+
+def at_once(shape: Any, count: int) -> int:
+    """How many of the vectors a launch takes, or 0: see `gemv.at_once`."""
+    return gemv.at_once(count, lambda n: fits(of_vectors(shape, n), alike()))
+
+
 @cache
-def fits(shape: Any) -> bool:
+def fits(shape: Any, alike: bool) -> bool:
     from dsv4_compile.kernels.linears import configs
 
     return any(True for _ in configs(shape))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from dsv4_compile.lowerings import native
 from dsv4_compile.lowerings.norm import DTYPES
 from dsv4_compile.lowerings.sinkhorn import balanced, sinkhorn
-from dsv4_compile.op import Cost, Tensor, acc, left_to_inductor, op
+from dsv4_compile.op import Cost, Tensor, acc, alike, few_tokens, left_to_inductor, op
 
 FEW, SMALL = 16, 1 << 16  # few tokens, or coefficients that stay in a cache: one loop in C++ beats calls of PyTorch
 
@@ -63,7 +63,8 @@ def _(a):
 def _(X, fn, base, scale, iters, eps, rms_eps):
     *lead, n, D = X.shape
     N, library = math.prod(lead), native.library()
-    if (N <= FEW or fn.numel() <= SMALL) and native.exact(X, fn, base, scale) and library is not None:
+    few = N <= (few_tokens() if alike() else FEW) or fn.numel() <= SMALL
+    if few and native.exact(X, fn, base, scale) and library is not None:
         x, post, comb = X.new_empty((*lead, D)), X.new_empty((*lead, n)), X.new_empty((*lead, n, n))
         given = X.data_ptr(), fn.data_ptr(), base.data_ptr(), scale.data_ptr()
         threads = native.threads(N * (fn.numel() + 4 * iters * n * n))

@@ -1,6 +1,7 @@
 """Routed experts: for each token, the gated sum of the k clamped SwiGLU experts that were chosen for it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from dsv4_compile.lowerings.dequantize import dequantize, dequantized
 from dsv4_compile.lowerings.grouped_mm import grouped_mm
 from dsv4_compile.lowerings.norm import DTYPES
 from dsv4_compile.lowerings.pointwise import swiglu
-from dsv4_compile.op import Cost, Tensor, acc, hinted, known, op
+from dsv4_compile.op import Cost, Tensor, acc, alike, hinted, known, op
 
 
 @op("dsv4::moe")
@@ -114,24 +115,13 @@ def _(x, expert, gate, w1, w3, w2, limit, s1, s3, s2, t1, t3, t2):
     format = gemv.format_of(w1, s1, t1)
     assert format is not None, "`few_and_streamed` was not asked"
     shape = Shape(N, k, X, D, I, format, s1 is None or s1.dtype != torch.float32, DTYPES[x.dtype])
-    h, y = x.new_empty(N * k, I), x.new_empty(N, D, dtype=torch.float32)
-    gemv.settled(y)
-    matrices = [gemv.words(w) for w in (w1, w3, w2)]
-    scales = [gemv.flat(s) for s in (s1, s3, s2)]
-    launch(
-        shape,
-        x.contiguous(),
-        expert.contiguous(),
-        gate.float().contiguous(),
-        *matrices,
-        *scales,
-        t1,
-        t3,
-        t2,
-        limit,
-        h,
-        y,
-    )
+    h, y = x.new_empty(N, k, I), x.new_empty(N, D, dtype=torch.float32)
+    stored = [gemv.words(w) for w in (w1, w3, w2)] + [gemv.flat(s) for s in (s1, s3, s2)] + [t1, t3, t2]
+    rows = x.contiguous(), expert.contiguous(), gate.float().contiguous()
+    for first, n in gemv.turns(N, gemv.ROWS):
+        gemv.settled(y)
+        *given, hidden, out = (gemv.some(t, first, n) for t in (*rows, h, y))
+        launch(replace(shape, N=n), *given, *stored, limit, hidden.view(-1, I), out)
     return y
 
 
@@ -145,7 +135,7 @@ Stored = tuple[Tensor, Tensor | None, Tensor | None]  # weight, scale, scale_2
 def stored_or_many(a) -> bool | str:
     plain = a.s1 is None and a.x.dtype == a.w1.dtype == torch.float32
     few = known(a.expert.numel() <= a.w1.shape[0])
-    return not (plain and few) or "compiled, plain matrices of few choices are read as fast"
+    return alike() or not (plain and few) or "compiled, plain matrices of few choices are read as fast"
 
 
 @moe.on("cpu", worth=stored_or_many)
@@ -154,7 +144,7 @@ def _(x, expert, gate, w1, w3, w2, limit, s1, s3, s2, t1, t3, t2):
     stored = (w1, s1, t1), (w3, s3, t3), (w2, s2, t2)
     if expert.numel() == 0:
         return x.new_zeros(x.shape, dtype=out)
-    few = expert.numel() <= w1.shape[0]
+    few = len(x) <= gemv.few_tokens() if alike() else expert.numel() <= w1.shape[0]
     if few and (y := in_one_call(x, expert, gate, stored, limit)) is not None:
         return y
     run = few_tokens if few else many_tokens

@@ -1,5 +1,6 @@
 """The end of the shared expert, the sum with the routed ones, and what mHC makes of it."""
 
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -10,7 +11,7 @@ from dsv4_compile.lowerings.linear import linear, sizes_of
 from dsv4_compile.lowerings.mhc import mhc_post
 from dsv4_compile.lowerings.norm import DTYPES
 from dsv4_compile.lowerings.pointwise import swiglu
-from dsv4_compile.op import Cost, Tensor, acc, known, op
+from dsv4_compile.op import Cost, Tensor, acc, alike, known, op
 
 STREAMS = 8  # that a thread holds
 ROWS = 4  # beyond them every block of the kernel spends longer on SwiGLU than one launch for all of them takes
@@ -57,7 +58,7 @@ def _(a):
 def few_and_stored(a: Any) -> bool | str:
     if (verdict := gemv.few(a.gate, a.gate.shape[0])) is not True:
         return verdict
-    if not known(a.gate.shape[0] <= ROWS):
+    if not alike() and not known(a.gate.shape[0] <= ROWS):
         return f"more than {ROWS} rows, for which SwiGLU is a launch of its own"
     if a.up.dtype != a.gate.dtype or a.routed.dtype != torch.float32:
         return f"gate of {a.gate.dtype}, up of {a.up.dtype}, added to {a.routed.dtype}"
@@ -67,7 +68,12 @@ def few_and_stored(a: Any) -> bool | str:
         return verdict
     if (verdict := gemv.streams(a.weight, a.scale, a.scale_2)) is not True:
         return verdict
-    return gemv.fits(shape_of(a.gate, a.weight, a.scale, a.scale_2, a.X)) or "vectors beyond shared memory"
+    return at_once(shape_of(a.gate, a.weight, a.scale, a.scale_2, a.X)) > 0 or "vectors beyond shared memory"
+
+
+def at_once(shape: Any) -> int:
+    """How many of the vectors a launch takes, or 0: see `gemv.at_once`."""
+    return gemv.at_once(shape.M, lambda n: gemv.fits(replace(shape, M=n)))
 
 
 def streams_fit(x: Tensor, X: Tensor, post: Tensor, comb: Tensor) -> bool | str:
@@ -92,9 +98,11 @@ def _(gate, up, weight, routed, limit, scale, scale_2, X, post, comb):
     from dsv4_compile.kernels.shared_expert import launch
 
     y = torch.empty((routed if X is None else X).shape, dtype=gate.dtype, device=gate.device)
-    early = int(gemv.settled(y, weight, scale, scale_2))
     stored = gemv.words(weight), gemv.flat(scale), None if scale_2 is None else scale_2.view(1)
-    mixed = (None if t is None else t.contiguous() for t in (X, post, comb))
     shape = shape_of(gate, weight, scale, scale_2, X)
-    launch(shape, gate.contiguous(), up.contiguous(), limit, *stored, routed.contiguous(), *mixed, y, early)
+    rows = [None if t is None else t.contiguous() for t in (gate, up, routed, X, post, comb, y)]
+    for first, m in gemv.turns(len(gate), at_once(shape)):
+        early = int(gemv.settled(y, weight, scale, scale_2))
+        g, u, *others = (None if t is None else gemv.some(t, first, m) for t in rows)
+        launch(replace(shape, M=m), g, u, limit, *stored, *others, early)
     return y

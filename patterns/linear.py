@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from dsv4_compile.lowerings.dequantize import dequantize
-from dsv4_compile.lowerings.linear import FEW, grouped_linear, linear, linear_wide
+from dsv4_compile.lowerings.gemv import few_tokens
+from dsv4_compile.lowerings.linear import grouped_linear, linear, linear_wide
 from dsv4_compile.match import Found, Made, T, finder, head, is_cast, known, rule, shape, value
 
 RESHAPES = ("aten.view", "aten.unsqueeze", "aten.squeeze", "aten.alias")
@@ -111,7 +112,9 @@ def plain_sides(mm: Node) -> tuple[Any, Node] | None:
 
 
 def few_on_gpu(x: Any, axis: int) -> bool:
-    return value(x).device.type != "cpu" and known(shape(x)[axis] <= FEW)  # on meta tensors, as it would be on a GPU
+    return value(x).device.type != "cpu" and known(
+        shape(x)[axis] <= few_tokens()
+    )  # on meta tensors, as it would be on a GPU
 
 
 def source(w: Any) -> Node | None:

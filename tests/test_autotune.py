@@ -200,10 +200,12 @@ def test_a_record_that_makes_no_sense_is_put_aside(text, toy):
 def test_batch_invariant_kernels_are_divided_alike_for_any_number_of_tokens(settings):
     shape, rows = kernel_of_attention.Shape(512, 64, True, False, 0), tuning.rounded(640)
     counts = (1, 3, 64, 1000)
-    best = lambda: {kernel_of_attention.rank(shape, (tuning.of_tokens(n), rows))[0] for n in counts}  # noqa: E731
+    ranked = lambda n: kernel_of_attention.rank(shape, (tuning.by_twos(n), rows))  # noqa: E731
+    best = lambda: {ranked(n)[0].division for n in counts}  # noqa: E731
     assert len(best()) > 1
     settings.take("cached", True)
-    assert len(best()) == 1
+    assert len(best()) == 1 and {c.division for n in counts for c in ranked(n)} == best()
+    assert ranked(1)[0] != ranked(8)[0], "blocks have what several have for fewer tokens"
     settings.take("cached", False)
     assert len(best()) == 1  # others in the process still rely on it
 

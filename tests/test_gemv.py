@@ -11,7 +11,7 @@ import torch
 if find_spec("cutlass") is None:
     pytest.skip("GPU kernels need CuTeDSL, which has wheels for Linux only", allow_module_level=True)
 
-from dsv4_compile.kernels import gemv, stream
+from dsv4_compile.kernels import division, gemv, stream
 from dsv4_compile.kernels import moe as experts
 from dsv4_compile.lowerings.gemv import flat, rows_at_once, settled, words
 from dsv4_compile.lowerings.linear import grouped_linear, linear, linear_wide
@@ -48,7 +48,7 @@ def works():
 
 @pytest.mark.parametrize("work", list(works()), ids=str)
 def test_every_configuration_fits_and_covers_all_columns(work):
-    found = list(stream.configs_of(work))
+    found = list(division.configs_of(work))
     assert len(set(found)) == len(found) > 2
     for config in found:
         assert config.resident * work.shared(config) <= stream.SHARED
@@ -239,7 +239,7 @@ def test_the_kernels_write_their_outputs_alone():
 
 def kinds(work):
     """The best configuration of each kind."""
-    found = {(c.rows, c.split > 1, c.overlaps): c for c in reversed(list(stream.configs_of(work))) if c.rows != 128}
+    found = {(c.rows, c.split > 1, c.overlaps): c for c in reversed(list(division.configs_of(work))) if c.rows != 128}
     return list(found.values())
 
 

@@ -47,10 +47,11 @@ def test_a_key_names_what_the_binary_depends_on_and_nothing_else():
 def test_the_source_is_that_of_all_files_that_a_kernel_imports(tmp_path):
     def digest(**changed):
         files = {
-            "a": "from dsv4_compile.kernels.b import f",
+            "a": "from dsv4_compile.kernels.b import f\nfrom dsv4_compile.kernels.e import g",
             "b": "from dsv4_compile.kernels import c",
             "c": "",
             "d": "",
+            "e": "CHOOSES = True",
         }
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
@@ -58,8 +59,8 @@ def test_the_source_is_that_of_all_files_that_a_kernel_imports(tmp_path):
             (folder / f"{name}.py").write_text(text)
         return base.source_digest(str(folder / "a.py"))
 
-    assert digest() == digest() == digest(d="x = 1")
-    assert len({digest(), digest(b="from dsv4_compile.kernels import c  #"), digest(c="x = 1")}) == 3
+    assert digest() == digest() == digest(d="x = 1") == digest(e="CHOOSES = True  # others")
+    assert len({digest(), digest(b="from dsv4_compile.kernels import c  #"), digest(c="x = 1"), digest(e="")}) == 4
 
 
 def test_built_once_then_loaded(store, monkeypatch):

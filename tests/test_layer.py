@@ -213,6 +213,10 @@ def test_cells_have_bars_at_flash_alone(module):
     assert bars.bounds(later[0]) is None and all(bars.bounds(x | {"model": "pro"}) is None for x in found)
     assert len(bars.table(found).columns) == 10
     assert len(bars.table([x | {"model": "nano"} for x in found]).columns) == 8
+    beside = bars.table(found + [x | dict(arm="invariant", value=x["value"] * 1.1) for x in found])
+    last = beside.columns[-1]
+    assert (last.header, beside.row_count) == ("invariant", len(found)) and "88.0 (+10.0%)" in last.cells
+    assert bars.table([x | {"arm": "invariant"} for x in found]).row_count == len(found), "by itself"
 
 
 @kernels

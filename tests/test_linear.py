@@ -13,11 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dsv4_compile.config import Config
-from dsv4_compile.lowerings.linear import FEW, grouped_linear, linear, linear_wide
+from dsv4_compile.lowerings.linear import grouped_linear, linear, linear_wide
 from dsv4_compile.passes import PassManager
 from dsv4_compile.patterns import linear as patterns
 from dsv4_compile.reference_model.layers import Linear
 from dsv4_compile.reference_model.quant import dequantize, quantize
+from dsv4_compile.tuning import FEW
 
 FORMATS = ["fp8", "mxfp4", "nvfp4"]
 OPS = [linear, grouped_linear]

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from dsv4_compile import warm
+from dsv4_compile.commands import cli
 from dsv4_compile.op import capability
 from dsv4_compile.reference_model import DSV4Config
 
@@ -72,3 +74,11 @@ def test_the_architecture_asked_for_is_the_one_that_ops_are_claimed_for(monkeypa
     for name, expected in {"sm_90a": (9, 0), "sm_100a": (10, 0), "sm_80": (8, 0)}.items():
         monkeypatch.setenv("DSV4_ARCH", name)
         assert capability(torch.device("cuda")) == expected
+
+
+def test_kernels_of_batch_invariant_are_asked_for(monkeypatch):
+    seen = []
+    monkeypatch.setattr(warm, "survey", lambda *given: seen.append(given) or warm.Survey())
+    for given in ([], ["--invariant"]):
+        assert CliRunner().invoke(cli.app, ["warm", *given]).exit_code == 0
+    assert [given[-1] for given in seen] == [False, True]

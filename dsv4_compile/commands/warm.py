@@ -29,6 +29,7 @@ def warm(
     candidates: Annotated[
         bool, Option("--candidates", help="Also the configurations that autotune=full tries, up to 16 a kernel.")
     ] = False,
+    invariant: Annotated[bool, Option("--invariant", help="As they are with batch_invariant.")] = False,
 ) -> None:
     """Find the kernels that a model needs, and build those that the cache does not hold."""
     from .inputs import DTYPES, InputError
@@ -39,7 +40,7 @@ def warm(
         counts = [int(t) for t in tokens.split(",") if t.strip().isdigit()]
         if not counts or min(*counts, batch, max_len, jobs) < 1:
             raise InputError("--tokens, --batch, --max-len and --jobs: expected numbers of at least 1")
-        failed = prepare(config_of(config), arch, batch, counts, max_len, DTYPES[dtype], jobs, candidates)
+        failed = prepare(config_of(config), arch, batch, counts, max_len, DTYPES[dtype], jobs, candidates, invariant)
     if failed:
         raise typer.Exit(1)
 
@@ -68,6 +69,7 @@ def prepare(
     dtype: "torch.dtype",
     jobs: int,
     candidates: bool,
+    invariant: bool,
 ) -> int:
     """Survey, build, tell -> how many kernels could not be built or are not known."""
     from ..warm import Wanted, build_all, survey
@@ -76,7 +78,7 @@ def prepare(
     screen, built = Screen(), {True: 0, False: 0}
     with screen.step("tracing the model") as step:
         longest = min(max_len, config.max_position_embeddings)
-        found = survey(config, arch, batch, counts, longest, dtype, candidates)
+        found = survey(config, arch, batch, counts, longest, dtype, candidates, invariant)
     for op, why in found.unknown.items():
         screen.note(f"dsv4::{op}: its kernels are not known ({why})")
     errors: list[str] = []
