@@ -35,7 +35,7 @@ from .graphs.graph import (
     value,
     where,
 )
-from .graphs.trace import trace
+from .graphs.trace import again, trace
 from .graphs.unify import Binding, Pattern, Search, captured
 from .op import Op
 
@@ -145,8 +145,13 @@ class Spelling:
     example: dict[str, Any]
     scalars: tuple[str, ...]
 
+    traced: dict[str, Pattern] = field(default_factory=dict)  # by device
+
     def trace(self, device: str) -> Pattern:
-        return trace(self.fn, self.example, self.scalars, device)
+        """The function as a pattern of one's own, to be rewritten."""
+        if device not in self.traced:
+            self.traced[device] = trace(self.fn, self.example, self.scalars, device)
+        return again(self.traced[device])
 
 
 # Given a rule and a device, the traced spellings, rewritten by the rules before it.

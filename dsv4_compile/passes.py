@@ -20,8 +20,8 @@ from .accuracy.verify import Verifier
 from .config import LOWER, Config
 from .errors import BrokenGraph, DSV4Error, DSV4Warning, LoweringFailed, PassesFailed, RuleFailed, WrongRewrite
 from .graphs.canonical import canonicalise
-from .graphs.copies import copied, put_back
-from .graphs.graph import contract, head, is_tensor, keeps, value, verify, where
+from .graphs.copies import aside, put_back
+from .graphs.graph import contract, is_tensor, keeps, value, verify, where
 from .graphs.instances import module_path, number, site_id
 from .graphs.listing import difference, lines
 from .graphs.near import align
@@ -91,7 +91,11 @@ def front(rules: tuple[Rule, ...], device: str) -> Front:
 
 
 def anchors(graph: fx.Graph, rule: Rule) -> list[Node]:
-    return [n for n in graph.nodes if n.op == "call_function" and head(n) == rule.anchor]
+    """Where a rule starts: the graph's calls of that op, whatever its overload, in order."""
+    space, name = rule.anchor.split(".")
+    packet = getattr(getattr(torch.ops, space), name, None)  # no op of a library that nobody has imported
+    targets = [] if packet is None else [getattr(packet, overload) for overload in packet.overloads()]
+    return sorted(n for t in targets for n in graph.find_nodes(op="call_function", target=t, sort=False))
 
 
 def silent(rules: Sequence[Rule], config: Config) -> tuple[str, ...]:
@@ -118,6 +122,7 @@ class PassManager(CustomGraphPass):
         self.verifier = Verifier(self.ops, lambda op, arguments: self.claim(op, arguments)[0])
         self.seen: dict[fx.Graph, int] = {}  # graphs of this compile, by their place in the report
         self.pieces: dict[str, fx.Graph] | None = None  # meanings that were traced, to keep beyond one graph
+        self.canonical = False  # whether graphs come in canonical form
 
     def uuid(self) -> str:
         """Identity for Inductor's caches: our sources and the configuration."""
@@ -125,7 +130,7 @@ class PassManager(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         """All passes, or under `strict` an error, or the graph as it was and a warning."""
-        before = None if self.config.strict else copied(graph)
+        before = None if self.config.strict else aside(graph)
         report = GraphReport(nodes_before=len(graph.nodes))
         try:
             self.run(graph, report)
@@ -141,7 +146,8 @@ class PassManager(CustomGraphPass):
     def run(self, graph: fx.Graph, report: GraphReport) -> None:
         start = time.perf_counter()
         promised = contract(graph)
-        canonicalise(graph)
+        if not self.canonical:
+            canonicalise(graph)
         number(graph)
         rules = front(self.rules, device_type(graph))
         for name, group in groupby(rules.rules, key=lambda rule: rule.name):

@@ -201,7 +201,7 @@ class InBytes:
         differ little are rounded apart."""
         width, rope = sizes[self.width][-1], self.per * sizes[self.rope][-1]
         plain, turned = unpack_kv.meaning(rows, width, rope).split([width - rope, rope], -1)
-        return (plain, ONE_STEP), (turned, 2.0**-7)
+        return (plain, 2.0**-3), (turned, 2.0**-7)  # with scales of powers of two the largest may be 8 steps
 
     def filling(self, rows: Tensor, sizes: Mapping[str, tuple[int, ...]]) -> Tensor:
         """The bytes at the end that stand for nothing."""

@@ -33,7 +33,7 @@ from .layers import (
     take,
 )
 from .quant import dequantize_rows, quantize_rows, stored_as, unpack_kv
-from .repeated import Repeated, region
+from .repeated import Repeated, known_region, mark_of, region
 from .schedule import CSA, HCA, SWA, rotation
 from .state import Chunk, CompressorState, Dtype, LayerState, Selection, State, Windows
 
@@ -387,10 +387,11 @@ class Step:
             if kind == HCA:  # CSA picks
                 entry = torch.arange(windows.count, device=chunk.start.device)
                 self.all_entries = torch.where(entry < windows.visible.unsqueeze(-1), entry, -1)  # [B, T, E]
-        self.parts = {kind: self.parts_of(kind) for kind in sorted({SWA, *config.layer_types})}
+        parts = {kind: self.parts_of(kind) for kind in sorted({SWA, *config.layer_types})}
+        self.parts = {kind: (mark_of(some), some) for kind, some in parts.items()}
 
     def parts_of(self, kind: str) -> tuple[Any, ...]:
-        """What a layer of this kind needs, as `Parts`."""
+        """What a layer of this kind needs, as `Step.of` takes it."""
         shared = *self.chunk.parts(), self.window, *self.rope[rotation(kind)]
         if kind == SWA:
             return shared
@@ -433,18 +434,16 @@ class Block(Repeated):
         entries: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # X [B, T, n, D]; `expert` and `entries` replay a selection
         memory = (False,) if state is None else (True, *state.parts())
-        alike = self.likeness() + 0  # a sum has no origin: it is compared by value
-        found = self.region(alike, X, tokens, expert, entries, *step.parts[self.attn.kind], *memory)
+        found = self.once((X, tokens, expert, entries, *memory), *step.parts[self.attn.kind])
         return *found, *[None] * (3 - len(found))
 
-    @region  # layers of one kind are compiled once
-    def region(
+    def work(
         self, alike: int, X: Tensor, tokens: Tensor, expert: Tensor | None, entries: Tensor | None, *parts: Any
     ) -> tuple[Tensor, ...]:
         """`forward` on the parts of its step and state; a region may return new tensors only."""
         rest = iter(parts)
-        step = Step.of(self.attn.kind, rest)
         state = LayerState.of(rest) if next(rest) else None
+        step = Step.of(self.attn.kind, rest)
         x, post, comb = self.hc_attn(X)
         y, picked = self.attn(self.attn_norm(x), step, state, entries)
         X = reconnect(X, y, post, comb)
@@ -454,6 +453,8 @@ class Block(Repeated):
         if expert is not None:
             return (X,)
         return (X, chosen) if picked is None else (X, chosen, picked)
+
+    region, known = region(work), known_region(work)  # layers of one kind are compiled once
 
 
 class MTP(Block):

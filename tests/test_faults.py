@@ -20,10 +20,9 @@ import pytest
 import torch
 
 from dsv4_compile.accuracy.bisect import Bisection, Hunt
-from dsv4_compile.accuracy.capture import Captured, fake_mode
+from dsv4_compile.accuracy.capture import Captured
 from dsv4_compile.accuracy.metrics import logits
 from dsv4_compile.config import Config
-from dsv4_compile.graphs.copies import copied
 from dsv4_compile.lowerings import OPS
 from dsv4_compile.passes import PassManager
 from dsv4_compile.patterns import RULES
@@ -182,16 +181,19 @@ def test_verify_lets_every_right_rewrite_pass(captured, sites):
 
 
 def rounds(sites: list[Site]) -> list[list]:
-    """Faults that are planted at once: of fused ops one each, as long as none takes up another; all others alone."""
-    fused = {s.id: s for s in sites if s.fusion.startswith("fuse.")}
-    ops = {s.op for s in fused.values()}
-    larger = {s.op for s in fused.values() if fused.keys() & set(s.absorbs)}
-    largest = {s.op for s in fused.values() if any(fused[i].op in larger for i in s.absorbs if i in fused)}
+    """Faults that are planted at once, each in the first of the rounds that it fits into: none of them stands where another
+    needs the right op."""
+    by_id = {s.id: s for s in sites}
+    reads = {f: {(by_id[i].op, by_id[i].layer) for i in needed(sites, emitted(sites, f))} for f in HERE}
+    place = {f: (f.op, emitted(sites, f).layer) for f in HERE}
     together: list[list] = []
-    for level in (ops - larger, larger - largest, largest):
-        kinds = [[f for f in HERE if f.op == op] for op in sorted(level)]
-        together += [[f for f in some if f is not None] for some in itertools.zip_longest(*kinds)]
-    return together + [[f] for f in HERE if f.op not in ops]
+    for f in HERE:
+        apart = (s for s in together if not any(place[f] in reads[g] or place[g] in reads[f] for g in s))
+        some = next(apart, None)
+        if some is None:
+            together.append(some := [])
+        some.append(f)
+    return together
 
 
 def test_verify_catches_the_faults(captured, sites):
@@ -205,15 +207,15 @@ def passed(captured: Captured, sites: list[Site], some: list) -> list[str]:
     spots = {f: emitted(sites, f) for f in some}
     with ExitStack() as stack, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        wrong = [stack.enter_context(faults.planted(f)) for f in some]
+        wrong = [stack.enter_context(faults.planted(f, site.layer)) for f, site in spots.items()]
         chosen = tuple({i for site in spots.values() for i in needed(sites, site)})
         manager = PassManager(replace(CONFIG, verify=True, sites=chosen), RULES, (*OPS, *wrong))
-        graph = copied(captured.slots[0].graph)
-        with fake_mode(graph):
-            manager(graph)
+        (slot,) = captured.slots
+        slot.rewrite(manager)
     refused = {c.site for c in manager.report.mismatches}
     assert len(told) == len(refused) and all("does not compute the same" in str(w.message) for w in told)
-    assert len(refused) + sum(graph.find_nodes(op="call_function", target=w.target) != [] for w in wrong) == len(some)
+    stand = [w for w in wrong if slot.now.find_nodes(op="call_function", target=w.target)]
+    assert len(refused) + len(stand) == len(some)
     return [f.name for f, site in spots.items() if site.id not in refused]
 
 

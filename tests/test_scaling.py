@@ -11,7 +11,7 @@ from torch._dynamo.utils import compilation_time_metrics
 from dsv4_compile.backend import backend
 from dsv4_compile.reference_model import DSV4, DSV4Config
 from dsv4_compile.reference_model.layers import Linear
-from dsv4_compile.reference_model.repeated import Repeated, region
+from dsv4_compile.reference_model.repeated import Repeated, known_region, region
 
 SWA, HCA = "sliding_attention", "heavily_compressed_attention"
 REUSES = "reuse_hash_fn" in inspect.signature(torch.compiler.nested_compile_region).parameters  # torch 2.13 on
@@ -78,14 +78,79 @@ def with_its_own_forward(layer):
     layer.ffn.shared_experts.forward = torch.zeros_like
 
 
-@pytest.mark.parametrize("change", [hooked, of_another_class, with_its_own_forward])
-def test_a_layer_that_torch_would_take_for_its_neighbour_is_traced(change):
-    """Torch 2.13 compares neither classes nor hooks: `Repeated.likeness` does."""
-    model = deep((SWA,) * 3)
-    change(model.layers[1])
+def with_another_number(layer):
+    layer.attn_norm.eps = 0.5
+
+
+def with_another_dtype(layer):
+    layer.attn_norm.weight.data = layer.attn_norm.weight.data.double()
+
+
+def with_other_strides(layer):
+    weight = layer.ffn.shared_experts.w1.weight
+    weight.data = weight.data.t().contiguous().t()
+
+
+def with_one_parameter_for_two(layer):
+    layer.ffn.shared_experts.w1.weight = layer.ffn.shared_experts.w3.weight
+
+
+def with_one_storage_for_two(layer):
+    layer.ffn.shared_experts.w1.weight.data = layer.ffn.shared_experts.w3.weight.data
+
+
+def with_a_gradient(layer):
+    layer.attn_norm.weight.requires_grad_(True)
+
+
+def with_a_buffer_more(layer):
+    layer.attn_norm.register_buffer("more", torch.zeros(1))
+
+
+CHANGES = [hooked, of_another_class, with_its_own_forward, with_another_number, with_another_dtype, with_other_strides]
+CHANGES += [with_one_parameter_for_two, with_one_storage_for_two, with_a_gradient, with_a_buffer_more]
+
+
+def test_layers_that_differ_in_anything_but_values_are_not_alike():
+    model = deep((SWA,) * (1 + len(CHANGES)))
+    assert len({layer.likeness() for layer in model.layers}) == 1
+    for layer, change in zip(model.layers[1:], CHANGES, strict=True):
+        before = layer.likeness()
+        change(layer)
+        assert layer.likeness() != before == model.layers[0].likeness(), change.__name__
+    assert len({layer.likeness() for layer in model.layers}) == 1 + len(CHANGES)
+
+
+def test_every_layer_that_is_unlike_its_neighbour_is_traced():
+    """Torch 2.13 compares neither classes nor hooks, and nothing where `known_region` is told that layers are alike."""
+    changes = [c for c in CHANGES if c is not with_one_storage_for_two]  # which no region may be given
+    model = deep((SWA,) * (2 + len(changes)))
+    for layer, change in zip(model.layers[1:-1], changes, strict=True):
+        change(layer)
+    compilation_time_metrics.clear()
     tokens = torch.arange(3).unsqueeze(0)
-    got = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)(tokens)
-    torch.testing.assert_close(got, model(tokens), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        got = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)(tokens)
+        torch.testing.assert_close(got, model(tokens), rtol=1e-4, atol=1e-4)
+    if REUSES:
+        assert len(compilation_time_metrics["invoke_subgraph_trace"]) == 1 + len(changes)
+        assert len(compilation_time_metrics["invoke_subgraph_reuse_stamp_out"]) == 1
+
+
+def test_a_layer_that_is_called_with_other_tensors_is_traced():
+    model = deep((SWA,) * 2)
+
+    def run(tokens):
+        found = []
+        for layer, count in zip(model.layers, (4, 3), strict=True):
+            step = model.step(torch.zeros(1, dtype=torch.int64), count, None, None)
+            X = model.embed(tokens[:, :count]).unsqueeze(2).repeat(1, 1, model.config.hc_mult, 1)
+            found.append(layer(X, tokens[:, :count], step, None)[0])
+        return found
+
+    tokens = torch.arange(4).unsqueeze(0)
+    for got, want in zip(torch.compile(run, backend="eager", fullgraph=True)(tokens), run(tokens), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_any_number_of_kinds_of_layer_is_traced():
@@ -107,8 +172,9 @@ class Counted(Repeated):
         self.number = number
 
     def forward(self, x):
-        return self.region(self.likeness() + 0, x)
+        return self.once((x,), 0, ())
 
-    @region
-    def region(self, alike, x):
+    def work(self, alike, x):
         return x + self.number
+
+    region, known = region(work), known_region(work)

@@ -40,6 +40,12 @@ class Slot(CustomGraphPass):
         canonicalise(self.graph)  # once: what the passes do first is most of their time when few rewrites are made
         self.now = self.graph
 
+    def rewrite(self, manager: PassManager) -> None:
+        """Let a copy of the graph, rewritten by `manager`, run from now on."""
+        self.now, manager.pieces, manager.canonical = copied(self.graph), self.pieces, True
+        with fake_mode(self.now):
+            manager(self.now)
+
     def inner(self, gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
         """In Inductor's place."""
         from functorch.compile import make_boxed_func
@@ -70,6 +76,7 @@ class Captured:
         self.slots.append(slot := Slot())
         inline_regions(gm)
         patches = {"joint_custom_pre_pass": slot, "force_disable_caches": True}
+        patches |= {"pattern_matcher": False, "joint_graph_constant_folding": False}  # what comes after is not used
         extra: dict[str, Any] = {"inner_compile": slot.inner, "config_patches": patches}
         compiled: Any = compile_fx(gm, inputs, **extra)
         return compiled
@@ -85,9 +92,7 @@ class Captured:
     def rewritten(self, manager: PassManager) -> Any:
         """What the model returns with its graphs rewritten by `manager`."""
         for slot in self.slots:
-            slot.now, manager.pieces = copied(slot.graph), slot.pieces
-            with fake_mode(slot.now):
-                manager(slot.now)
+            slot.rewrite(manager)
         return self.call(self.compiled)
 
 

@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import BadRule
 from .canonical import canonicalise
+from .copies import copied
 from .graph import is_tensor, literal, shape, strip, trace_aten
 from .unify import Pattern
 
@@ -43,6 +44,13 @@ def pattern_of(
     sizes = {s for n in graph.nodes if is_tensor(n) for s in shape(n)}
     computing = tuple(n for n in calls if strip(n) is n and not _constant(n))
     return Pattern(graph, inputs, scalars, integers, outputs, computing, frozenset(sizes))
+
+
+def again(pattern: Pattern) -> Pattern:
+    """A pattern that was traced, copied."""
+    graph = copied(pattern.graph)
+    names = dict(zip(graph.find_nodes(op="placeholder"), pattern.inputs.values(), strict=True))
+    return pattern_of(graph, names, pattern.scalars, pattern.integers)
 
 
 def _constant(node: Any) -> bool:

@@ -65,19 +65,20 @@ def reason(node: Node) -> str:
     """A key of REASONS."""
     if node.target in LAYOUT or is_view(node) or is_cast(node):
         return "layout"
-    if head(node) in MADE:
+    name = head(node)
+    if name in MADE:
         return "constant"
-    if head(node) in MOVES or writes_rows(node):
+    if name in MOVES or writes_rows(node):
         return "cache"
-    if head(node) in LOOKUPS:
+    if name in LOOKUPS:
         return "lookup"
     if not value(node).dtype.is_floating_point:
         return "positions"
-    if head(node) in PRODUCTS:
+    if name in PRODUCTS:
         return "product"
     if is_angle(node):
         return "angles"
-    if head(node) == "aten.add" and all(is_result(x) or is_given(x) for x in term(node).operands):
+    if name == "aten.add" and all(is_result(x) or is_given(x) for x in term(node).operands):
         return "join"
     if is_factor(node):
         return "factor"
