@@ -13,6 +13,8 @@ IN_FLIGHT, IN_FLIGHT_4 = 24 << 10, 64 << 10
 # each 64 rows by which the last tile is larger; a cluster; a stage of the rings, a block of a processor, blocks of a stage.
 LAUNCH, FOLLOW, TILE_END, WIDE_END, LAST, CLUSTER = 1.9, 1.0, 0.05, 0.17, 0.7, 0.85
 A_STAGE, A_BLOCK, A_SIZE = 0.16, 0.03, 0.15
+# Of 16 and 32 bits, which in a layer gain by rings that are filled while the launch before ends.
+IN_FLIGHT_16, A_STAGE_16, A_SIZE_16 = 96 << 10, 0.02, 0.06
 # Instructions for a weight, for eight columns of vectors more, a stage, and a number of a vector.
 DECODED = {"bf16": 1.0, "fp32": 7.0, "fp8": 3.6, "mxfp4": 3.0, "nvfp4": 4.2}
 DIGITS = {"fp8": 1.8, "mxfp4": 2.4, "nvfp4": 2.9}
@@ -29,7 +31,8 @@ def cost(work: Work, config: Config) -> float:
     row_bytes = work.segments * f.row_bytes(work.K) * (1 + f.scale_share)
     busiest = waves * present * work.turns(config) * config.rows * row_bytes / config.split
     flying = present * config.warps * (config.stages - 1) * sum(work.stage_words(config)) * 4
-    wanted = IN_FLIGHT_4 if stored.BITS[work.format] == 4 else IN_FLIGHT
+    plain = stored.BITS[work.format] >= 16
+    wanted = IN_FLIGHT_16 if plain else IN_FLIGHT_4 if stored.BITS[work.format] == 4 else IN_FLIGHT
     slow = max(1.0, min(wanted, busiest) / flying) ** 0.15
     reading = max(work.bytes / READ, busiest / ALONE) * slow
     each = STAGE / (config.blocks * f.block * ROWS / LANES)
@@ -47,5 +50,6 @@ def cost(work: Work, config: Config) -> float:
     if wide:
         ends += LAST * (config.rows / (TEAM * ROWS) - 1)
     ends += CLUSTER * (config.split - 1) ** 0.5
-    habits = A_STAGE * config.stages + A_BLOCK * config.resident + A_SIZE * abs(config.blocks - 2)
+    a_stage, a_size = (A_STAGE_16, A_SIZE_16) if plain else (A_STAGE, A_SIZE)
+    habits = a_stage * config.stages + A_BLOCK * config.resident + a_size * abs(config.blocks - 2)
     return (FOLLOW if config.overlaps else LAUNCH) + stream + staged + ends + habits
