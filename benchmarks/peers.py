@@ -55,9 +55,9 @@ def own(op: Op, args: Inputs) -> Call | None:
 def flash_mla(op: Op, args: Inputs) -> Call | None:
     if op.name != "attention" or (found := library("flash_mla")) is None:
         return None
-    q, (scale, on_window, cos) = args[0], args[6:9]
+    q, (scale, on_window, cos, _, stored) = args[0], args[6:11]
     fits = q.shape[2] in (64, 128) and q.shape[3] == WIDE and q.dtype == torch.bfloat16
-    if not fits or on_window or cos is not None:
+    if not fits or on_window or cos is not None or stored:
         return None
     if q.shape[1] == 1:
         schedule, _ = found.get_mla_metadata()  # made in the first call, for all that follow of the same sizes

@@ -585,10 +585,8 @@ class DSV4(nn.Module):
         limit, name = self.config.max_position_embeddings, "the model's context (max_position_embeddings)"
         if state is not None:
             limit, name = state.max_len, "the max_len of this state"
-            if state.position.shape[0] != B:
-                raise ValueError(
-                    f"tokens have batch {B}, the state was made for {state.position.shape[0]}: new_state({B}, ...)"
-                )
+            if (rows := state.position.shape[0]) != B:
+                raise ValueError(f"tokens have batch {B}, the state was made for {rows}: new_state({B}, ...)")
             if not state.fits(self.config):
                 raise ValueError("this state was made for a model of other sizes: use new_state of this one")
         if not 1 <= T <= limit:

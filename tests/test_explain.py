@@ -74,7 +74,7 @@ def test_costs_are_those_of_the_sizes_in_the_graph(report):
     assert seen >= {"attention", "moe", "router", "compressor", "mhc_pre", "mhc_post", "mhc_head", "rms_norm"}
     (attention,) = {tuple(r.sizes.items()) for g in report.graphs for r in g.ran if r.op == "attention" and "K" in r.sizes
                     and r.sizes["K"] and not r.apart}  # fmt: skip
-    assert dict(attention) == dict(B=2, T=7, h=6, d=48, W=7, K=1, dr=0)
+    assert dict(attention) == dict(B=2, T=7, h=6, d=48, W=7, K=1, dr=0, bytes=2 * 48)
 
 
 def test_least_times_are_those_of_the_machine():

@@ -275,9 +275,10 @@ def test_what_a_library_has_not_has_no_arm(peers):
     q, *rest = attended_case(1, 1, True)
     tables = torch.ones(1, 1, 1, 32), torch.zeros(1, 1, 1, 32)
     none = [
-        ("flash_mla", attention, (q, *rest[:-2], *tables)),
+        ("flash_mla", attention, (q, *rest[:-3], *tables, 0)),
         ("flash_mla", attention, (q[:, :, :6].contiguous(), *rest)),
-        ("flash_mla", attention, (q, *rest[:-3], True, None, None)),
+        ("flash_mla", attention, (q, *rest[:-4], True, None, None, 0)),
+        ("flash_mla", attention, (q, *rest[:-1], 64)),
         ("deep_gemm", linear, (torch.randn(2, 64), torch.randn(8, 64), None, None)),
         ("deep_gemm", linear, (torch.randn(2, 96).to(bf16), *quantize(torch.randn(8, 96), "fp8"))),
         ("deep_gemm", linear, (torch.randn(2, 64).to(bf16), *quantize(torch.randn(8, 64), "mxfp4"))),

@@ -88,7 +88,7 @@ def test_the_architecture_asked_for_is_the_one_that_ops_are_claimed_for(monkeypa
 
 def test_kernels_of_batch_invariant_are_asked_for(monkeypatch):
     seen = []
-    monkeypatch.setattr(warm, "survey", lambda *given: seen.append(given) or warm.Survey())
+    monkeypatch.setattr(warm, "survey", lambda *given, **kept: seen.append(given) or warm.Survey())
     for given in ([], ["--invariant"]):
         assert CliRunner().invoke(cli.app, ["warm", *given]).exit_code == 0
     assert [given[-1] for given in seen] == [False, True]
