@@ -161,7 +161,7 @@ def tune(op: Op, implementation: Implementation, arguments: Mapping[str, Any], t
         record = kernel.record(shape, work)
         if len(candidates) < 2 or tuning.recorded(base.STORE, record) is not None:
             continue
-        wrong = partial(differs, contract_of(op.name), op.arguments(*inputs[0]), op.meaning(*inputs[0]))
+        wrong = judge(contract_of(op.name), op.arguments(*inputs[0]), op.meaning(*inputs[0]))
         run = partial(forced, implementation.run, (kernel, shape, work))
         outcome = race(candidates, run, inputs, wrong, timer)
         base.STORE.save(record, json.dumps(outcome.record()).encode(), {"choice": str(outcome)})
@@ -179,14 +179,18 @@ def forced(run: Call, launch: "tuple[Kernel, Any, tuple[int, ...]]", config: Any
         return run(*given)
 
 
-def differs(contract: Contract, arguments: Mapping[str, Any], want: Any, got: Any) -> str:
-    """What is wrong with a result, or ""."""
+def judge(contract: Contract, arguments: Mapping[str, Any], want: Any) -> Callable[[Any], str]:
+    """What is wrong with a result of these arguments, or ""."""
     from .accuracy.verify import distance, sizes_in
 
-    pairs = zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]
-    error = max(distance(contract, sizes_in(arguments), g, w) for g, w in pairs)
-    allowed = contract.allowed(narrowest([*arguments.values()]))
-    return "" if error <= allowed else f"a wrong result: error {error:.1e}, allowed {allowed:.1e}"
+    sizes, allowed = sizes_in(arguments), contract.allowed(narrowest([*arguments.values()]))
+
+    def differs(got: Any) -> str:
+        pairs = zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]
+        error = max(distance(contract, sizes, g, w) for g, w in pairs)
+        return "" if error <= allowed else f"a wrong result: error {error:.1e}, allowed {allowed:.1e}"
+
+    return differs
 
 
 def narrowest(given: Sequence[Any]) -> torch.dtype:

@@ -64,9 +64,14 @@ def keys(ring, slot, x, weight, cos, sin, eps: Scalar):
 # With rows in bytes: 48 of 19 channels, 6 of them rotary
 
 
-def in_bytes(match: Match) -> bool | str:
+def turned_as_stored(match: Match) -> bool:
+    """Whether the channels that rows in bytes keep as rotary are those that are turned."""
     a = match.arguments
-    return known(a.pop("rope") == 2 * shape(a["cos"])[-1]) and round_the_ring(match)
+    return known(a.pop("rope") == 2 * shape(a["cos"])[-1])
+
+
+def in_bytes(match: Match) -> bool:
+    return turned_as_stored(match) and round_the_ring(match)
 
 
 @rule(

@@ -39,6 +39,20 @@ def absent(s, lists):
     return s.masked_fill((lists < 0).unsqueeze(2), float("-inf"))
 
 
+def both(keys, window, entries, index):
+    """Rows of both lists, and the lists, in one."""
+    return torch.cat([take(keys, window), take(entries, index)], 2), torch.cat([window, index], 2)
+
+
+def weighted(q, rows, lists, sink, scale):
+    return with_sink(absent(logits(q, rows, lists, scale), lists), sink) @ rows
+
+
+def weighted_on_window(q, rows, lists, sink, W, scale):
+    s = on_window(logits(q, rows, lists, scale), sink, W)
+    return torch.softmax(absent(s, lists), -1) @ rows
+
+
 SHARED = ("aten.clamp_min", "aten.lt", "aten.cat", "aten.full")  # of index lists, which layers have in common
 
 
@@ -60,30 +74,24 @@ def swa_scale(match: Match) -> bool | str:
 
 @rule(attention, name="fuse.attention", anchor=softmax, example=QUERY, check=denominator, shared=SHARED)
 def window_only(q, keys, window, sink, scale: Scalar):
-    rows = take(keys, window)
-    return with_sink(absent(logits(q, rows, window, scale), window), sink) @ rows
+    return weighted(q, take(keys, window), window, sink, scale)
 
 
 @rule(attention, name="fuse.attention", anchor=softmax, example=QUERY | ENTRIES, check=denominator, shared=SHARED)
 def window_and_entries(q, keys, window, entries, index, sink, scale: Scalar):
-    rows = torch.cat([take(keys, window), take(entries, index)], 2)
-    lists = torch.cat([window, index], 2)
-    return with_sink(absent(logits(q, rows, lists, scale), lists), sink) @ rows
+    rows, lists = both(keys, window, entries, index)
+    return weighted(q, rows, lists, sink, scale)
 
 
 @rule(attention, name="fuse.attention", anchor=softmax, example=QUERY, check=swa_scale, shared=SHARED)
 def window_only_scaled(q, keys, window, sink, scale: Scalar):
-    rows = take(keys, window)
-    s = on_window(logits(q, rows, window, scale), sink, window.shape[-1])
-    return torch.softmax(absent(s, window), -1) @ rows
+    return weighted_on_window(q, take(keys, window), window, sink, window.shape[-1], scale)
 
 
 @rule(attention, name="fuse.attention", anchor=softmax, example=QUERY | ENTRIES, check=swa_scale, shared=SHARED)
 def window_and_entries_scaled(q, keys, window, entries, index, sink, scale: Scalar):
-    rows = torch.cat([take(keys, window), take(entries, index)], 2)
-    lists = torch.cat([window, index], 2)
-    s = on_window(logits(q, rows, lists, scale), sink, window.shape[-1])
-    return torch.softmax(absent(s, lists), -1) @ rows
+    rows, lists = both(keys, window, entries, index)
+    return weighted_on_window(q, rows, lists, sink, window.shape[-1], scale)
 
 
 # Rows in bytes: 48 of 36 channels, 4 of them rotary.
@@ -101,10 +109,6 @@ def stored_swa_scale(match: Match) -> bool | str:
     return declare(match, True)
 
 
-def both(keys, window, entries, index):
-    return torch.cat([take(keys, window), take(entries, index)], 2), torch.cat([window, index], 2)
-
-
 @rule(
     attention,
     name="fuse.attention",
@@ -114,8 +118,7 @@ def both(keys, window, entries, index):
     shared=SHARED,
 )
 def stored_window_only(q, keys, window, sink, width: Int, stored: Int, scale: Scalar):
-    rows = unpack_kv(take(keys, window), width, stored)
-    return with_sink(absent(logits(q, rows, window, scale), window), sink) @ rows
+    return weighted(q, unpack_kv(take(keys, window), width, stored), window, sink, scale)
 
 
 @rule(
@@ -128,8 +131,7 @@ def stored_window_only(q, keys, window, sink, width: Int, stored: Int, scale: Sc
 )
 def stored_window_and_entries(q, keys, window, entries, index, sink, width: Int, stored: Int, scale: Scalar):
     rows, lists = both(keys, window, entries, index)
-    rows = unpack_kv(rows, width, stored)
-    return with_sink(absent(logits(q, rows, lists, scale), lists), sink) @ rows
+    return weighted(q, unpack_kv(rows, width, stored), lists, sink, scale)
 
 
 @rule(
@@ -142,8 +144,7 @@ def stored_window_and_entries(q, keys, window, entries, index, sink, width: Int,
 )
 def stored_window_only_scaled(q, keys, window, sink, width: Int, stored: Int, scale: Scalar):
     rows = unpack_kv(take(keys, window), width, stored)
-    s = on_window(logits(q, rows, window, scale), sink, window.shape[-1])
-    return torch.softmax(absent(s, window), -1) @ rows
+    return weighted_on_window(q, rows, window, sink, window.shape[-1], scale)
 
 
 @rule(
@@ -156,9 +157,7 @@ def stored_window_only_scaled(q, keys, window, sink, width: Int, stored: Int, sc
 )
 def stored_window_and_entries_scaled(q, keys, window, entries, index, sink, width: Int, stored: Int, scale: Scalar):
     rows, lists = both(keys, window, entries, index)
-    rows = unpack_kv(rows, width, stored)
-    s = on_window(logits(q, rows, lists, scale), sink, window.shape[-1])
-    return torch.softmax(absent(s, lists), -1) @ rows
+    return weighted_on_window(q, unpack_kv(rows, width, stored), lists, sink, window.shape[-1], scale)
 
 
 # Rows with an axis for the one head, and as a cache without it has them.

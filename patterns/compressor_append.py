@@ -6,8 +6,8 @@ from dsv4_compile.lowerings.append import append
 from dsv4_compile.lowerings.compressor import compressor
 from dsv4_compile.lowerings.compressor_append import compressor_append, compressor_append_fp8, quantized
 from dsv4_compile.lowerings.kv import pack_kv
-from dsv4_compile.match import Int, Match, Scalar, T, known, rule, shape
-from dsv4_compile.patterns.append import by_position
+from dsv4_compile.match import Int, Match, Scalar, T, rule
+from dsv4_compile.patterns.append import by_position, turned_as_stored
 from dsv4_compile.patterns.compressor import ROWS, overlapping, separate
 
 # 5 tokens in 4 sequences, 11 windows of 10 rows, 19 channels; rings of 17 rows, 13 entries, 7 places in a window.
@@ -34,9 +34,16 @@ def without_overlap(match: Match) -> bool:
     return separate(match)
 
 
-def step(values, gates, entries, slot, c, z, ape, place, index, weight, cos, sin, target, eps, overlap):
+def compressed(values, gates, slot, c, z, ape, place, *of_windows):
+    """Both rings after the new rows, and what closed windows become."""
     values, gates = append(values, slot, c), append(gates, slot, z + ape[place])
-    return values, gates, append(entries, target, compressor(values, gates, index, weight, cos, sin, eps, overlap))
+    return values, gates, compressor(values, gates, *of_windows)
+
+
+def step(values, gates, entries, slot, c, z, ape, place, index, weight, cos, sin, target, eps, overlap):
+    of_windows = index, weight, cos, sin, eps, overlap
+    values, gates, e = compressed(values, gates, slot, c, z, ape, place, *of_windows)
+    return values, gates, append(entries, target, e)
 
 
 @rule(compressor_append, name="fuse.entries", anchor=compressor, example=memory(38), check=with_overlap)
@@ -56,22 +63,17 @@ def memory_in_bytes(C):
     return memory(C) | {"entries": T(4, 13, 48, dtype=torch.uint8), "rope": 6}
 
 
-def in_bytes(match: Match) -> bool:
-    a = match.arguments
-    return known(a.pop("rope") == 2 * shape(a["cos"])[-1])
-
-
 def overlap_in_bytes(match: Match) -> bool:
-    return in_bytes(match) and with_overlap(match)
+    return turned_as_stored(match) and with_overlap(match)
 
 
 def plain_in_bytes(match: Match) -> bool:
-    return in_bytes(match) and without_overlap(match)
+    return turned_as_stored(match) and without_overlap(match)
 
 
 def step_in_bytes(values, gates, entries, slot, c, z, ape, place, index, weight, cos, sin, target, eps, overlap, rope):
-    values, gates = append(values, slot, c), append(gates, slot, z + ape[place])
-    e = compressor(values, gates, index, weight, cos, sin, eps, overlap)
+    of_windows = index, weight, cos, sin, eps, overlap
+    values, gates, e = compressed(values, gates, slot, c, z, ape, place, *of_windows)
     return values, gates, append(entries, target, pack_kv(e, rope))
 
 
@@ -101,8 +103,9 @@ def scaled_memory(C):
 
 
 def scaled_step(values, gates, entries, scales, slot, c, z, ape, place, index, weight, cos, sin, target, eps, overlap):
-    values, gates = append(values, slot, c), append(gates, slot, z + ape[place])
-    codes, scale = quantized(compressor(values, gates, index, weight, cos, sin, eps, overlap))
+    of_windows = index, weight, cos, sin, eps, overlap
+    values, gates, e = compressed(values, gates, slot, c, z, ape, place, *of_windows)
+    codes, scale = quantized(e)
     return values, gates, append(entries, target, codes), append(scales, target, scale)
 
 

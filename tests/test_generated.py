@@ -196,42 +196,23 @@ def test_inputs_may_be_those_of_a_model():
 def launched(asked):
     """The kernels of these cases, as for a GPU; of each static size the first cases, unless much depends on the amount of
     work."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from dsv4_compile.kernel import Kernel
+    from dsv4_compile.warm import variants
 
-    from dsv4_compile.kernel import Kernel, collecting
-    from dsv4_compile.warm import Wanted, on_gpu, variants
-
-    found = {}
+    launches, found = helper("launches"), {}
     with patch.object(Kernel, "candidates", cache(Kernel.candidates)):
         for name, numbers in asked.items():
             family = FAMILIES[name]
             for seed in numbers if name in RANKED else list(numbers)[: 3 * len(family.specs)]:
-                case = family.case(seed)
-                try:
-                    with FakeTensorMode(), collecting() as launches:
-                        family.op.run(*map(on_gpu, case.values()))
-                except RuntimeError:
-                    if torch.version.cuda is not None:
-                        raise
-                    continue  # a torch for CPUs alone cannot copy fake tensors of a GPU; other seeds have the same kernel
-                for kernel, shape, config in launches:
-                    module = f"dsv4_compile.kernels.{Path(kernel.file).stem}"
+                for kernel, shape, config in launches.launched_by(family.op, family.case(seed).values()):
                     for variant in variants(shape):
-                        found[Wanted(module, kernel.name, variant, config)] = kernel
+                        found[launches.wanted(kernel, variant, config)] = kernel
     return found
 
 
 def build(wanted):
-    """In all processors, what the cache lacks; what could not be built."""
-    from dsv4_compile.kernel import STORE, arch
-    from dsv4_compile.warm import build_all
-
-    absent = [w for w, kernel in wanted.items() if STORE.peek(kernel.key(w.shape, w.config)) is None]
-    failed = []
-    if absent:
-        jobs = min(len(absent), len(os.sched_getaffinity(0)))
-        build_all(absent, arch(), jobs, lambda w, _, error: failed.append(f"{w}: {error}") if error else None)
-    return failed
+    """See `launches`, which needs CuTeDSL."""
+    return helper("launches").build(wanted)
 
 
 @kernels

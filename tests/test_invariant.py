@@ -37,9 +37,9 @@ def helper(name):
     return module
 
 
-tokens = helper("tokens")
+generated, tokens, launches = (helper(name) for name in ("generated", "tokens", "launches"))
 CASES, FORMATS, MOST = tokens.CASES, tokens.FORMATS, tokens.MOST
-FAMILIES, Draw = tokens.generated.FAMILIES, tokens.generated.Draw
+FAMILIES, Draw, build = generated.FAMILIES, generated.Draw, launches.build
 bf16 = torch.bfloat16
 ALL = os.environ.get("DSV4_TEST_CONFIGS") == "all"
 CSA, HCA = "compressed_sparse_attention", "heavily_compressed_attention"
@@ -321,23 +321,12 @@ def test_on_a_cpu_what_runs_in_c_has_the_same_bits_too(name, alike):
 
 def launched():
     """What the tests below launch, as `warm` lists it."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     found = {}
 
     def note(name, counts):
         for count in counts:
-            given = CASES[name].given(count)
-            try:
-                with FakeTensorMode(), collecting() as launches:
-                    CASES[name].op.run(*map(warm.on_gpu, given.values()))
-            except RuntimeError:
-                if torch.version.cuda is not None:
-                    raise  # a torch for CPUs alone cannot copy fake tensors of a GPU
-            for kernel, shape, config in launches:
-                found[warm.Wanted(f"dsv4_compile.kernels.{Path(kernel.file).stem}", kernel.name, shape, config)] = (
-                    kernel
-                )
+            for kernel, shape, config in launches.launched_by(CASES[name].op, CASES[name].given(count).values()):
+                found[launches.wanted(kernel, shape, config)] = kernel
 
     before = tuning.SETTINGS.batch_invariant
     try:
@@ -347,22 +336,12 @@ def launched():
                 note(name, (MOST, 17, 8, 3, 1) if on else (BESIDE.get(name, 8),))
         for format in FORMATS:
             for shape, config in combinations(replace(DIVIDED, format=format)):
-                found[warm.Wanted("dsv4_compile.kernels.gemv", "gemv", shape, config)] = gemv.KERNEL
+                found[launches.wanted(gemv.KERNEL, shape, config)] = gemv.KERNEL
         for config in lists(1):
-            found[warm.Wanted("dsv4_compile.kernels.attention", "attention", ROWS, config)] = attention.KERNEL
+            found[launches.wanted(attention.KERNEL, ROWS, config)] = attention.KERNEL
     finally:
         tuning.SETTINGS.batch_invariant = before
     return found
-
-
-def build(wanted):
-    """In all processors, what the cache lacks; what could not be built."""
-    absent = [w for w, kernel in wanted.items() if STORE.peek(kernel.key(w.shape, w.config)) is None]
-    failed = []
-    if absent:
-        jobs = min(len(absent), len(os.sched_getaffinity(0)))
-        warm.build_all(absent, arch(), jobs, lambda w, _, error: failed.append(f"{w}: {error}") if error else None)
-    return failed
 
 
 @pytest.mark.skipif(not ALL, reason="some minutes: DSV4_TEST_CONFIGS=all")

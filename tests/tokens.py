@@ -1,27 +1,14 @@
 """Arguments of every op with a kernel for a given number of tokens, and which of them belong to single tokens: see
-`test_invariant`. This file holds no tests."""
+`test_invariant`. This file holds no tests; generated.py is loaded before it, under its name."""
 
-import importlib.util
-import sys
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
+import generated
 import torch
+from generated import EPS, FAMILIES
 
-
-def helper(name):
-    """A file beside this one."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-generated = helper("generated")
-FAMILIES, EPS = generated.FAMILIES, generated.EPS
 bf16, fp32 = torch.bfloat16, torch.float32
 FORMATS = ["bf16", "fp8", "mxfp4", "nvfp4"]
 MOST = 64
