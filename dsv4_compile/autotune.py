@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import tuning
+from .cudagraph import recording
 from .lowerings import Contract, InBytes, contract_of
 from .op import Implementation, Op, hinted
 
@@ -125,7 +126,7 @@ def captured(call: Call, inputs: Sequence[tuple[Any, ...]]) -> torch.cuda.CUDAGr
             call(*given)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with recording(graph, stream):
         for given in inputs:
             call(*given)
     return graph

@@ -10,7 +10,8 @@ is gone.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -56,10 +57,34 @@ class Cuda:
 
     def capture(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         graph = torch.cuda.CUDAGraph()
-        local = torch.cuda.graph(graph, self.pool, self.stream, "thread_local")  # other threads may use the GPU
-        with torch.cuda.device(self.device), local:
+        with recording(graph, self.stream, self.pool):
             result = work()
         return graph.replay, result
+
+
+@contextmanager
+def recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any = None) -> Iterator[None]:
+    """`torch.cuda.graph` of one thread, others may use the GPU; and if it fails, all is as before. Torch (2.11 to 2.13) stays
+    on the capture's stream then, goes on giving memory to its pool, and takes generators for captured, so that every random
+    number raises."""
+    before, pool = torch.cuda.current_stream(stream.device), pool or torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.device(stream.device), torch.cuda.graph(graph, pool, stream, "thread_local"):
+            yield
+    except Exception:
+        torch.cuda.set_stream(before)
+        with suppress(RuntimeError), torch.cuda.device(stream.device):
+            end_pool(stream.device.index, pool)
+            anything = torch.zeros(1, device=stream.device)
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):  # when it ends, generators are free again
+                anything.zero_()
+        raise
+
+
+def end_pool(index: int, pool: Any) -> None:
+    """No more memory for a pool, if it still gets any."""
+    with suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(index, pool)
 
 
 class Captured:

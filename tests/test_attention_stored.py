@@ -221,13 +221,15 @@ def test_entries_are_written(B, d, dr, overlap, closed):
 @gpu
 @pytest.mark.gpu
 def test_whole_steps_of_decoding():
-    """Compiled, against eager, from one prompt; all that attention and its caches do in kernels."""
+    """Compiled, against eager, from one prompt; all that attention and its caches do in kernels. Every expert and every entry
+    is chosen: else a rounding now and then becomes another choice, which no bound holds."""
     torch.manual_seed(0)
     kinds = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
     config = DSV4Config.tiny().replace(
         num_hidden_layers=3, layer_types=kinds, mlp_layer_types=("moe",) * 3, num_nextn_predict_layers=0
     )
     config = config.replace(head_dim=512, qk_rope_head_dim=64, index_head_dim=128, sliding_window=20)
+    config = config.replace(n_routed_experts=4, num_experts_per_tok=4, index_topk=24)
     model = DSV4(config).cuda().bfloat16().eval().requires_grad_(False)
     tokens, reports = torch.randint(0, config.vocab_size, (2, 60), device="cuda"), []
     mine, theirs = (model.new_state(2, 96, index_dtype=E4M3, kv_dtype=E4M3) for _ in "ab")
@@ -240,9 +242,5 @@ def test_whole_steps_of_decoding():
         for i in range(40, 60):
             got, want = step(tokens[:, i : i + 1], mine), model(tokens[:, i : i + 1], theirs)
             assert error(got, want.double()) < 0.05
-    runs = reports[0].runs
-    assert ("attention", "cuda") in runs and {
-        ("prologue_0", "cuda"),
-        ("prologue_1", "cuda"),
-        ("prologue_2_fp8", "cuda"),
-    } <= {*runs}
+    by_kernels = {op for op, who in reports[0].runs if who.startswith("cuda")}
+    assert by_kernels >= {"attention", "prologue_0", "prologue_1", "prologue_2_fp8"}, reports[0].runs

@@ -251,8 +251,15 @@ def test_a_wait_for_the_gpu_ends_capture_and_the_result_is_right():
         return (x * int(x.sum().item() > 0),)
 
     call = Captured(run, [False], cudagraph.Cuda(torch.device("cuda", 0)))
-    x = torch.ones(3, device="cuda")
+    x, before = torch.ones(3, device="cuda"), torch.cuda.current_stream()
     with pytest.warns(DSV4Warning, match="capturing"):
         for _ in range(4):
             assert torch.equal(call(x)[0], x)
     assert torch.equal(x + 1, torch.full((3,), 2.0, device="cuda"))  # the GPU works on
+    assert torch.rand(3, device="cuda").ne(0).any() and torch.cuda.current_stream() == before
+    other, large = torch.cuda.Stream(), torch.empty(1 << 24, device="cuda")
+    large.record_stream(other)
+    address = large.data_ptr()
+    del large
+    torch.cuda.synchronize()
+    assert torch.empty(1 << 24, device="cuda").data_ptr() == address  # memory that another stream used is free again
