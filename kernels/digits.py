@@ -114,6 +114,7 @@ class Digits:
         self.stride = step_bytes(self.format.name, self.M)
         self.spread = self.work.spreads(self.config)
         self.in_turn = stored.BITS[self.format.name] == 4 and not self.spread
+        self.every, self.paired = POINT // self.format.block, self.blocks % 2 == 0
         self.halves = self.format.name == "nvfp4" and not self.spread
         self.sums = 2 * self.wide
         self.back = BACK[self.format.name]
@@ -144,6 +145,8 @@ class Digits:
                     words = self.eight(x, m, (run // runs * self.K + self.from_column) // 8 + run % runs)
                     for j in cutlass.range_constexpr(4):
                         held[j, c] = words[j]
+            if i == 0:
+                self.fill_rest()
             for c in cutlass.range_constexpr(ahead):
                 share = (i * ahead + c) * self.threads + thread
                 m, run = share // of_all, share % of_all
@@ -245,6 +248,8 @@ class Digits:
         rows = [cute.make_rmem_tensor((4,), Int32) for _ in range(2)]
         for r, part in enumerate(rows):
             place = begin // 4 + (j * 2 + r) * stored.LANES + self.lane
+            if const_expr(self.paired):
+                place = begin // 4 + j // 2 * 128 + self.unit(r, self.g, j % 2 * 4 + self.t)
             cute.autovec_copy(cute.zipped_divide(self.ring, (4,))[None, place], part)
         return rows
 
@@ -290,7 +295,7 @@ class Digits:
             for c in cutlass.range_constexpr(first, first + at_once):
                 rows = []
                 for r in cutlass.range_constexpr(2):
-                    rows.append(e2m1(self.ring[begin + ((j * 2 + r) * stored.LANES + self.turned(c)) * 4 + self.t]))
+                    rows.append(e2m1(self.ring[begin + self.piece(j, r, c) * 4 + self.t]))
                 chains.append([([rows[0][0], rows[1][0], rows[0][1], rows[1][1]], 4 * j + c)])
             parts = products(chains, self.wide, descriptor, self.stride // 16)
             for k in cutlass.range_constexpr(at_once):
@@ -310,6 +315,12 @@ class Digits:
             here = self.point_of(point, n)
             for r in cutlass.range_constexpr(2):
                 sums[2 * n + r] = sums[2 * n + r] + inner[2 * n + r] * here
+
+    def piece(self, j: int, r: int, c: int):
+        """Where the c-th 16 bytes of rows g or g + 8 lie in a block."""
+        if self.paired:
+            return j // 2 * 128 + self.unit(r, self.g, j % 2 * 4 + c)
+        return (j * 2 + r) * stored.LANES + self.turned(c)
 
     def point_of(self, point, n: int):
         """The factor of the vector that a thread's two columns of the n-th eight belong to."""

@@ -81,8 +81,8 @@ class Own(moe.GateUp):
         self.I, self.grid, self.turns = shape.H, grid, -(-self.tiles // grid)
         self.scale_row, self.scale_matrix = self.format.scale_bytes(shape.H, shape.routed.D)
 
-    def place(self, tile, segment, r: int):
-        row = tile * (self.rows_of_tile // 2) + self.member * HALF + self.g
+    def place(self, tile, segment, r: int, g):
+        row = tile * (self.rows_of_tile // 2) + self.member * HALF + g
         scales = self.scales_at[r]
         return self.weights[r], cutlass.min(row, self.I - 1), scales, scales + self.scale_matrix
 

@@ -42,6 +42,8 @@ class Linear(Stream):
         super().__init__(shape.work, config)
         self.G, self.R, self.out = shape.G, shape.R, DTYPES[shape.out]
         self.scale_row, self.scale_matrix = self.format.scale_bytes(shape.G * shape.R, shape.K)
+        self.alike = self.alike and (shape.G == 1 or shape.R % 8 == 0)
+        self.vectors_first = self.long_to_stage
 
     @cute.jit
     def __call__(self, x: cute.Tensor, weight: cute.Tensor, scale, scale_2, y: cute.Tensor, early: Int32, stream):
@@ -53,9 +55,10 @@ class Linear(Stream):
             use_pdl=self.overlaps,
         )
 
-    def place(self, tile, segment, r: int):
-        """Address of the matrix, row of it; address of its scales, and where they end."""
-        row = tile * self.rows_of_tile + self.member * ROWS + r * 8 + self.g
+    def place(self, tile, segment, r: int, g):
+        """Of the g-th of a warp's first (r = 0) or second eight rows: address of the matrix, row of it; address of its scales,
+        and where they end."""
+        row = tile * self.rows_of_tile + self.member * ROWS + r * 8 + g
         row = self.group * self.R + cutlass.min(row, self.R - 1)
         return self.weight_at, row, self.scale_at, self.scale_at + self.scale_matrix
 

@@ -68,6 +68,7 @@ class Linears(Stream):
     def __init__(self, shape: Shape, config: Config):
         super().__init__(shape.work, config)
         self.sizes, self.ends, self.starts = shape.rows, shape.ends, (0, *shape.ends)
+        self.vectors_first = self.long_to_stage
         self.outs, self.norm = [DTYPES[out] for out in shape.outs], DTYPES.get(shape.norm)
         self.scale_row, _ = self.format.scale_bytes(ROWS, shape.K)
         self.scale_sizes = [self.format.scale_bytes(rows, shape.K)[1] for rows in shape.rows]
@@ -89,9 +90,9 @@ class Linears(Stream):
         return smem
 
     @cute.jit
-    def place(self, tile, segment, r: int):
+    def place(self, tile, segment, r: int, g):
         """See `gemv.Linear.place`."""
-        at = tile * self.rows_of_tile + self.member * ROWS + r * 8 + self.g
+        at = tile * self.rows_of_tile + self.member * ROWS + r * 8 + g
         row = cutlass.min(at, Int32(self.sizes[0] - 1))
         weight, scale = self.weights[0], self.scales_at[0]
         end = scale + self.scale_sizes[0]

@@ -71,10 +71,10 @@ class GateUp(stream.Stream):
         self.scale_row, self.scale_matrix = self.format.scale_bytes(shape.I, shape.D)
         self.of_choice = self.tiles // shape.k  # tiles
 
-    def place(self, tile, segment, r: int):
-        """Row g of the tile's gate rows (r = 0) or up rows, of the tile's choice; see `gemv.Linear.place`."""
+    def place(self, tile, segment, r: int, g):
+        """A row of the tile's gate rows (r = 0) or up rows, of the tile's choice; see `gemv.Linear.place`."""
         e = Int64(self.ids[tile // self.of_choice])
-        row = tile % self.of_choice * (self.rows_of_tile // 2) + self.member * HALF + self.g
+        row = tile % self.of_choice * (self.rows_of_tile // 2) + self.member * HALF + g
         scales = self.scales_at[r] + e * self.scale_matrix
         return self.weights[r] + e * self.matrix, cutlass.min(row, self.I - 1), scales, scales + self.scale_matrix
 
@@ -144,10 +144,10 @@ class Down(stream.Stream):
         self.matrix = shape.D * self.row_bytes
         self.scale_row, self.scale_matrix = self.format.scale_bytes(shape.D, shape.I)
 
-    def place(self, tile, segment, r: int):
+    def place(self, tile, segment, r: int, g):
         """See `gemv.Linear.place`."""
         e = Int64(self.ids[segment])
-        row = tile * self.rows_of_tile + self.member * ROWS + r * HALF + self.g
+        row = tile * self.rows_of_tile + self.member * ROWS + r * HALF + g
         row = cutlass.min(row, self.D - 1)
         scales = self.scales_at + e * self.scale_matrix
         return self.weight_at + e * self.matrix, row, scales, scales + self.scale_matrix

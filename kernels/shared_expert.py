@@ -79,9 +79,9 @@ class SharedExpert(Stream):
             h[i] = (a / (Float32(1.0) + cute.math.exp(-a)) * b).to(self.dtype)
         return cute.recast_tensor(h, Int32)
 
-    def place(self, tile, segment, r: int):
+    def place(self, tile, segment, r: int, g):
         """See `gemv.Linear.place`."""
-        row = tile * self.rows_of_tile + self.member * ROWS + r * 8 + self.g
+        row = tile * self.rows_of_tile + self.member * ROWS + r * 8 + g
         return self.weight_at, cutlass.min(row, self.R - 1), self.scale_at, self.scale_at + self.scale_matrix
 
     @cute.jit

@@ -21,6 +21,8 @@ from dsv4_compile.kernels.stored import LANES
 ROWS = 16  # of a warp
 TEAM = 4  # warps whose rows one instruction of `digits` takes
 AHEAD = 1024  # bytes of a row that go to L2 first
+LINE = 128  # bytes of one
+LONG = 4096  # numbers of vectors that a block stages
 SMS = 132  # processors that the cost model reckons with
 SHARED = 227 << 10  # bytes of a block at most
 DTYPES = {"bf16": BFloat16, "fp32": Float32}
@@ -184,7 +186,9 @@ class Stream:
         if work.format in ("mxfp4", "nvfp4"):
             self.shifted = (work.K // stored.GROUP[work.format]) % 4 != 0
         self.scale_row, self.scale_matrix = 0, 0
-        self.overlaps = config.overlaps
+        self.overlaps, self.vectors_first = config.overlaps, False
+        # Of fp8, eight rows of a warp have one scale. Blocks that have one; whether a copy takes two blocks of four rows.
+        self.alike, self.every, self.paired = work.format == "fp8", 1, False
         self.prepare()
 
     def allocate(self, arena=None):
@@ -245,17 +249,31 @@ class Stream:
         self.at = cute.make_rmem_tensor((3,), Int32)
         self.at[0], self.at[1], self.at[2] = self.first, 0, 0
         size = 4 * (self.weight_words + self.scale_words)
-        self.ring_at = self.ring.iterator.toint() + self.warp * (self.stages * size) + self.home() * 16
-        self.rows = cute.make_rmem_tensor((2,), Int64)
+        self.ring_at = self.ring.iterator.toint() + self.warp * (self.stages * size)
+        self.rows = cute.make_rmem_tensor((4 if self.paired else 2,), Int64)
         self.items = max(1, -(-2 * (self.words + self.shifted) // 4))
         self.scales = cute.make_rmem_tensor((self.items,), Int64)
         self.rows.fill(0)
         self.scales.fill(0)
 
     def fill(self):
-        """Start the copies of all stages but one."""
-        for s in range(self.stages - 1):
+        """Start the copies of all stages but one, or of the first alone: see `fill_rest`."""
+        for s in range(1 if self.vectors_first else self.stages - 1):
             self.issue(Int32(s))
+
+    @property
+    def long_to_stage(self) -> bool:
+        """Whether vectors take longer than first rows: then memory is idle less if they come first. A cluster takes its time
+        anyway."""
+        return self.rows_of_tile > ROWS and self.M * self.segments * self.columns >= (
+            LONG if self.split == 1 else 2 * LONG
+        )
+
+    def fill_rest(self):
+        """Where vectors come first, `stage_vectors` calls this once they are on their way: behind full rings they wait."""
+        if self.vectors_first:
+            for s in range(1, self.stages - 1):
+                self.issue(Int32(s))
 
     @cute.jit
     def issue(self, slot):
@@ -265,20 +283,19 @@ class Stream:
             if at[2] == 0:
                 self.rebase()
             ring = self.ring_at + slot * (4 * (self.weight_words + self.scale_words))
+            if const_expr(self.paired):
+                for i in cutlass.range_constexpr(4):
+                    home = ring + self.unit(i // 2, self.eighth(i), self.lane % 8) * 16
+                    for p in cutlass.range_constexpr(self.blocks // 2):
+                        stored.fetch(home + p * (4 * LANES * 16), rows[i] + LINE * p, Int32(16))
             for j in cutlass.range_constexpr(self.blocks):
                 block = (at[2] * self.teams + self.team) * self.blocks + j
-                count = Int32(16)
-                if const_expr(not self.exact):
-                    column = block * self.format.block + self.t * (self.format.block // 4)
-                    count = Int32(16) if column < self.part else Int32(0)
-                for r in cutlass.range_constexpr(2):
-                    for l in cutlass.range_constexpr(self.format.loads):
-                        place = ((j * 2 + r) * self.format.loads + l) * LANES * 16
-                        stored.fetch(ring + place, rows[r] + (64 * self.format.loads * j + 16 * l), count)
-                if const_expr(self.words > 0):
-                    self.issue_scales(ring - self.home() * 16 + 4 * self.weight_words, j, block)
+                if const_expr(not self.paired):
+                    self.issue_block(ring + self.home() * 16, j, block)
+                if const_expr(self.words > 0 and j % self.every == 0):
+                    self.issue_scales(ring + 4 * self.weight_words, j, block)
             ahead = self.teams * self.blocks
-            for r in cutlass.range_constexpr(2):
+            for r in cutlass.range_constexpr(cute.size(rows)):
                 rows[r] = rows[r] + 64 * self.format.loads * ahead
             if const_expr(self.words > 0):
                 for i in cutlass.range_constexpr(self.items):
@@ -291,6 +308,28 @@ class Stream:
                     at[1] = 0
                     at[0] = at[0] + self.grid
         cute.arch.cp_async_commit_group()
+
+    @cute.jit
+    def issue_block(self, ring, j: int, block):
+        """A thread's 16 bytes of rows g and g + 8, as many times as it has some."""
+        count = Int32(16)
+        if const_expr(not self.exact):
+            column = block * self.format.block + self.t * (self.format.block // 4)
+            count = Int32(16) if column < self.part else Int32(0)
+        for r in cutlass.range_constexpr(2):
+            for l in cutlass.range_constexpr(self.format.loads):
+                place = ((j * 2 + r) * self.format.loads + l) * LANES * 16
+                stored.fetch(ring + place, self.rows[r] + (64 * self.format.loads * j + 16 * l), count)
+
+    def eighth(self, i: int):
+        """Which of eight rows this thread copies of the i-th four of a warp's rows: copies of whole lines, which the first
+        cache passes on at twice the speed of halves."""
+        return 4 * (i % 2) + self.lane // 8
+
+    def unit(self, r: int, row, place):
+        """Where the 16 bytes at a place of a line of two blocks lie, of row `row` of the first (r = 0) or the second eight: so
+        that neither a row's eight places, nor four of two rows each, nor one of all rows meet in a bank."""
+        return r * 64 + row * 8 + (place ^ ((row & 1) << 2 | row >> 1))
 
     def home(self):
         """Where a thread's 16 bytes lie among those of its warp. Where a quad reads in turn the runs of four-bit rows that
@@ -307,20 +346,24 @@ class Stream:
             return block * self.format.block // 128 * (1 if self.format.e8m0 else 4)
         return block * (self.format.block // stored.GROUP[self.format.name])
 
+    def own(self, r: int):
+        """See `place`: of rows g and g + 8, of the tile and the segment that copies are at."""
+        return self.place(self.at[0], self.at[1], r, self.g)
+
     @cute.jit
     def rebase(self):
         """Addresses at the beginning of a segment."""
         rows, scales, start = self.rows, self.scales, self.team * self.blocks + self.from_column // self.format.block
-        for r in cutlass.range_constexpr(2):
-            base, row, _, _ = self.place(self.at[0], self.at[1], r)
-            within = start * (64 * self.format.loads) + self.t * (16 * self.format.loads)
-            rows[r] = base + Int64(row) * self.row_bytes + within
+        for r in cutlass.range_constexpr(cute.size(rows)):
+            base, row, _, _ = self.place(self.at[0], self.at[1], r // 2, self.eighth(r)) if self.paired else self.own(r)
+            within = self.lane % 8 * 16 if self.paired else self.t * (16 * self.format.loads)
+            rows[r] = base + Int64(row) * self.row_bytes + (start * (64 * self.format.loads) + within)
         if const_expr(self.words > 0):
             for i in cutlass.range_constexpr(self.items):
                 item = i * 4 + self.t
                 first = item < self.words + self.shifted
-                _, row_0, base_0, _ = self.place(self.at[0], self.at[1], 0)
-                _, row_1, base_1, _ = self.place(self.at[0], self.at[1], 1)
+                _, row_0, base_0, _ = self.own(0)
+                _, row_1, base_1, _ = self.own(1)
                 row, base = (row_0 if first else row_1), (base_0 if first else base_1)
                 if const_expr(self.format.name == "fp8"):
                     row = row // 128
@@ -333,6 +376,8 @@ class Stream:
         for i in cutlass.range_constexpr(self.items):
             item = i * 4 + self.t
             wanted = item < 2 * per_row
+            if const_expr(self.alike):
+                wanted = wanted and self.g == 0
             if const_expr(not self.exact):
                 wanted = wanted and block * self.format.block < self.part
             if wanted:
@@ -342,8 +387,8 @@ class Stream:
                 if const_expr(not self.shifted):
                     stored.fetch_word(target, begin + 4 * w)
                 elif w < self.words:
-                    _, _, _, end_0 = self.place(self.at[0], self.at[1], 0)
-                    _, _, _, end_1 = self.place(self.at[0], self.at[1], 1)
+                    _, _, _, end_0 = self.own(0)
+                    _, _, _, end_1 = self.own(1)
                     last = (end_0 - 1 if r == 0 else end_1 - 1) & Int64(-4)
                     word = (begin & Int64(-4)) + 4 * w
                     stored.fetch_word(target, word if word < last else last)
@@ -353,7 +398,7 @@ class Stream:
     @cute.jit
     def scale_of(self, begin, j: int, r: int):
         """The scales of row g (r = 0) or g + 8 in a block: fp8 one number, else the words of their bytes."""
-        base = begin + self.weight_words + (j * 2 + r) * (self.words + 1) * 8 + self.g
+        base = begin + self.weight_words + (j * 2 + r) * (self.words + 1) * 8 + (0 if self.alike else self.g)
         words = [self.ring[base + w * 8] for w in range(self.words)]
         if const_expr(self.shifted):
             shift = self.ring[base + self.words * 8]
