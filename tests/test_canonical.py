@@ -75,6 +75,11 @@ SAME = {  # two spellings, and their inputs
         lambda x, p: (repeated(x).mT @ p.unsqueeze(-1)).squeeze(-1),
         (X, P),
     ),
+    "columns times rows": (
+        lambda x, p: p.unsqueeze(-1) * x[..., :1, :],
+        lambda x, p: p.unsqueeze(-1) @ x[..., :1, :],
+        (X, P),
+    ),
     "weighted channel by channel": (
         lambda x, y: (x * y).sum(2),
         lambda x, y: torch.einsum("bnrc,bnrc->bnc", x, y),

@@ -53,6 +53,13 @@ def multiplied(x: Node) -> bool:
 
 
 @form(aten.bmm.default)
+def outer(w: Writer, node: Node) -> Node | None:
+    """Of a column and a row each, elementwise: torch writes them so from 2.13 on."""
+    a, b = args(node)
+    return w.make(node, aten.mul.Tensor, a, b) if known(shape(a)[2] == 1) else None
+
+
+@form(aten.bmm.default)
 def one_matrix(w: Writer, node: Node) -> Node | None:
     """A batch of one that comes from two matrices, as einsum makes of a linear layer."""
     a, b = args(node)
