@@ -97,6 +97,11 @@ class Implementation:
         return True
 
 
+def compact(x: Tensor) -> Tensor:
+    """x, or a contiguous copy. Without a GPU torch refuses `contiguous()` of a fake tensor on one, but copies it."""
+    return x if x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+
+
 def at_least(count: int, rows: Callable[[Any], Any]) -> Callable[[Any], bool | str]:
     """For `worth`: enough rows, as `rows` counts them in the arguments. A number that is not known is enough."""
     return lambda a: not known(rows(a) < count) or f"fewer than {count} rows"
@@ -321,7 +326,7 @@ def _metadata(x: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
 
 def own(x: Tensor, inputs: tuple[Any, ...]) -> Tensor:
     """x contiguous and in storage of its own: an op never returns a view of its inputs."""
-    x = x.contiguous()
+    x = compact(x)
     storages = {i.untyped_storage()._cdata for i in inputs if isinstance(i, Tensor)}
     return x.clone() if x.untyped_storage()._cdata in storages else x
 

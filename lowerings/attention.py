@@ -5,7 +5,7 @@ import torch
 from dsv4_compile.lowerings.kv import is_packed, numbers
 from dsv4_compile.lowerings.norm import DTYPES
 from dsv4_compile.lowerings.rope import rope
-from dsv4_compile.op import Cost, Tensor, acc, at_least, capability, known, op
+from dsv4_compile.op import Cost, Tensor, acc, at_least, capability, compact, known, op
 
 
 @op("dsv4::attention")
@@ -206,12 +206,12 @@ def _(q, keys, window, sink, entries, index, scale, sink_on_window, cos=None, si
         shape,
         "bytes" if stored else DTYPES[q.dtype],
         capability(q.device) == (9, 0),
-        q.reshape(B * T, h, d).contiguous(),
+        compact(q.reshape(B * T, h, d)),
         rows_in_order(keys),
-        window.reshape(B * T, window.shape[-1]).contiguous(),
+        compact(window.reshape(B * T, window.shape[-1])),
         None if entries is None else rows_in_order(entries),
-        None if index is None else index.reshape(B * T, index.shape[-1]).contiguous(),
-        sink.float().contiguous(),
+        None if index is None else compact(index.reshape(B * T, index.shape[-1])),
+        compact(sink.float()),
         *tables,
         out.view(B * T, h, d),
         scale,
@@ -222,10 +222,10 @@ def _(q, keys, window, sink, entries, index, scale, sink_on_window, cos=None, si
 
 def rows_in_order(x: Tensor) -> Tensor:
     """x [B, S, d] with the rows of a request behind each other; requests may lie apart, as in a part of a cache."""
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else compact(x)
 
 
 def of_tokens(table: Tensor, B: int, T: int) -> Tensor:
     """A table [B or 1, T or 1, 1, n] for heads as [B T or T, n] fp32: token b T + t reads its row modulo their number."""
     lead = B if table.shape[0] > 1 else 1
-    return table.expand(lead, T, 1, table.shape[-1]).reshape(lead * T, -1).float().contiguous()
+    return compact(table.expand(lead, T, 1, table.shape[-1]).reshape(lead * T, -1).float())

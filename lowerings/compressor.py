@@ -3,7 +3,7 @@
 import torch
 
 from dsv4_compile.lowerings.norm import DTYPES
-from dsv4_compile.op import Cost, Tensor, acc, left_to_inductor, op
+from dsv4_compile.op import Cost, Tensor, acc, compact, left_to_inductor, op
 
 
 @op("dsv4::compressor")
@@ -99,5 +99,5 @@ def _(c, z, index, weight, cos, sin, eps, overlap):
     out = torch.empty(B, n, d, dtype=c.dtype, device=c.device)
     if out.numel():
         shape = Shape(d, R, 2 * cos.shape[-1], overlap, DTYPES[weight.dtype])
-        launch(shape, *(t.contiguous() for t in (c, z, index, weight, cos, sin)), out, eps)
+        launch(shape, *(compact(t) for t in (c, z, index, weight, cos, sin)), out, eps)
     return out

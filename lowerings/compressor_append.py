@@ -7,7 +7,7 @@ import torch
 from dsv4_compile.lowerings.append import append
 from dsv4_compile.lowerings.compressor import DTYPES, compressor, fits_the_kernel
 from dsv4_compile.lowerings.kv import in_whole_blocks, is_packed, rows_for
-from dsv4_compile.op import Cost, Tensor, known, op
+from dsv4_compile.op import Cost, Tensor, compact, known, op
 
 # Nobody runs this on the CPU: its parts are asked instead. What it saves is launches.
 
@@ -139,7 +139,7 @@ def tensors_of(a):
     """All tensors, as its kernel takes them."""
     entries, scales = (a.entries.view(torch.uint8), a.scales) if is_scaled(a) else (a.entries, None)
     read = ("slot", "c", "z", "ape", "place", "index", "weight", "cos", "sin", "target")
-    return a.values, a.gates, entries, scales, *(getattr(a, name).contiguous() for name in read)
+    return a.values, a.gates, entries, scales, *(compact(getattr(a, name)) for name in read)
 
 
 def fits_one_token(a) -> bool | str:

@@ -12,7 +12,7 @@ from dsv4_compile.lowerings import gemv, moe, router
 from dsv4_compile.lowerings.linear import linear, sizes_of
 from dsv4_compile.lowerings.norm import DTYPES
 from dsv4_compile.lowerings.shared_expert import shared_expert, streams_fit
-from dsv4_compile.op import Cost, Tensor, alike, known, op
+from dsv4_compile.op import Cost, Tensor, alike, compact, known, op
 
 
 @op("dsv4::experts")
@@ -155,10 +155,10 @@ def _(*given):
         all_or_none((a.t1, a.t3, a.t2), lambda t: t),
     )
     of_own = tuple(map(gemv.words, own)), all_or_none(scales, gemv.flat), all_or_none(twice, lambda u: u.view(1))
-    bias, table = (None if t is None else t.contiguous() for t in (a.bias, None if a.token is None else a.expert))
+    bias, table = (None if t is None else compact(t) for t in (a.bias, None if a.token is None else a.expert))
     chosen = a.expert if a.token is None else None
-    rows = [None if t is None else t.contiguous() for t in (a.x, a.logits, chosen, a.token, h, g, routed, y)]
-    streams = all_or_none((a.X, a.post, a.comb), lambda t: t.contiguous())
+    rows = [None if t is None else compact(t) for t in (a.x, a.logits, chosen, a.token, h, g, routed, y)]
+    streams = all_or_none((a.X, a.post, a.comb), compact)
     for first, n in gemv.turns(N, at_once(shape)):
         early = int(gemv.settled(y, *own, *scales, *twice))
         x, logits, expert, token, hidden, *made = (None if t is None else gemv.some(t, first, n) for t in rows)

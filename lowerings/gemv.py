@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
 from dsv4_compile.lowerings.norm import DTYPES
-from dsv4_compile.op import Tensor, alike, few_tokens, known
+from dsv4_compile.op import Tensor, alike, compact, few_tokens, known
 
 if TYPE_CHECKING:
     from dsv4_compile.kernels.gemv import Shape
@@ -88,8 +88,8 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor | None, scale_2: Tensor | 
         given, rows = (t.narrow(1, first, m) if lies_apart else some(t, first, m, 1) for t in (x, y))
         made = y.new_empty(G, m, R) if lies_apart else rows
         early = int(settled(made, weight, scale, scale_2))
-        launch(replace(shape, M=m), given.contiguous(), *stored, made, early)
-        if lies_apart:
+        launch(replace(shape, M=m), compact(given), *stored, made, early)
+        if lies_apart and not isinstance(rows, FakeTensor):
             rows.copy_(made)
     return y
 

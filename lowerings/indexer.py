@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from dsv4_compile.lowerings.attention import of_tokens, rotary
 from dsv4_compile.lowerings.norm import DTYPES
 from dsv4_compile.lowerings.rope import rope
-from dsv4_compile.op import Cost, Tensor, acc, at_least, known, op
+from dsv4_compile.op import Cost, Tensor, acc, at_least, compact, known, op
 
 BLOCK = 1 << 18  # scores of single heads at a time: they stay in a core's L2 cache
 
@@ -137,15 +137,15 @@ def _(q, keys, w, visible, k, cos=None, sin=None, scale=None):
     if out.numel():
         vector = 16 // keys.dtype.itemsize
         in_place = keys.stride(2) == 1 and keys.stride(1) == d and keys.stride(0) % vector == 0
-        rows = keys if in_place else keys.contiguous()
+        rows = keys if in_place else compact(keys)
         shape = Shape(h, d, DTYPES[w.dtype], 0 if cos is None else 2 * cos.shape[-1], KEYS[stored_as(keys, scale)])
         launch(
             shape,
-            q.reshape(B * T, h, d).contiguous(),
+            compact(q.reshape(B * T, h, d)),
             rows if scale is None else rows.view(torch.uint8),
             None if scale is None else of_entries(scale),
-            w.reshape(B * T, h).contiguous(),
-            visible.reshape(-1).long().contiguous(),
+            compact(w.reshape(B * T, h)),
+            compact(visible.reshape(-1).long()),
             None if cos is None else of_tokens(cos, B, T),
             None if sin is None else of_tokens(sin, B, T),
             out.view(B * T, k),
@@ -157,4 +157,4 @@ def _(q, keys, w, visible, k, cos=None, sin=None, scale=None):
 def of_entries(scale: Tensor) -> Tensor:
     """[B, E, 1] -> [B, E], those of a sequence in a row."""
     flat = scale.squeeze(-1)
-    return flat if flat.stride(1) == 1 else flat.contiguous()
+    return flat if flat.stride(1) == 1 else compact(flat)

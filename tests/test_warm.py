@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from typer.testing import CliRunner
 
 from dsv4_compile import warm
@@ -14,6 +15,7 @@ pytest.importorskip("cutlass", reason="kernels are written in CuTeDSL")
 from dsv4_compile.cache.store import Store
 from dsv4_compile.kernel import collecting
 from dsv4_compile.kernels import experts, router
+from dsv4_compile.lowerings.linear import grouped_linear
 
 CSA, HCA = "compressed_sparse_attention", "heavily_compressed_attention"
 
@@ -28,6 +30,15 @@ def test_launches_are_listed_and_nothing_is_compiled():
     with collecting() as wanted:
         router.launch(x, x[0], torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2), 1.0, 0.0)
     assert [(k.name, shape) for k, shape, _ in wanted] == [("router", router.Shape(8, 2))]
+
+
+def test_inputs_that_lie_apart_are_copied_without_a_gpu_too():
+    """The heads of several tokens, as attention leaves them, are groups of wo_a."""
+    x = torch.empty(3, 2, 64, dtype=torch.bfloat16).transpose(0, 1)
+    arguments = grouped_linear.arguments(x, torch.empty(2 * 48, 64, dtype=torch.bfloat16)).values()
+    with FakeTensorMode(), collecting() as wanted, warm.compiling_for("sm_90a"):
+        grouped_linear.run(*map(warm.on_gpu, arguments))
+    assert [(k.name, shape.M, shape.G) for k, shape, _ in wanted] == [("gemv", 3, 2)]
 
 
 def test_a_survey_names_the_kernels_of_a_model_and_what_tuning_tries():
