@@ -433,8 +433,7 @@ class Block(Repeated):
         expert: Tensor | None = None,
         entries: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # X [B, T, n, D]; `expert` and `entries` replay a selection
-        memory = (False,) if state is None else (True, *state.parts())
-        found = self.once((X, tokens, expert, entries, *memory), *step.parts[self.attn.kind])
+        found = self.once((X, tokens, expert, entries), state, *step.parts[self.attn.kind])
         return *found, *[None] * (3 - len(found))
 
     def work(

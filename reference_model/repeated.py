@@ -28,15 +28,18 @@ class Repeated(nn.Module):
     region: Callable[..., Any]  # declared with `region`; takes a number, then what `once` is given
     known: Callable[..., Any]  # the same, declared with `known_region`
 
-    def once(self, own: tuple[Any, ...], mark: int, shared: tuple[Any, ...]) -> Any:
-        """region(number, *own, *shared), traced once for all layers that are alike. mark: `mark_of(shared)`."""
+    def once(self, own: tuple[Any, ...], memory: Any, mark: int, shared: tuple[Any, ...]) -> Any:
+        """region(number, *own, whether there is memory, *its parts, *shared), traced once for all layers that are alike.
+        memory: an object with `parts` and their `likeness`, or None; mark: `mark_of(shared)`."""
+        kept = (False,) if memory is None else (True, *memory.parts())
         if not torch.compiler.is_dynamo_compiling():
-            return self.region(0, *own, *shared)
+            return self.region(0, *own, *kept, *shared)
         facts = described(own)
         kind = self.likeness() + 0  # a sum has no origin: it is compared by value
         if kind < 0 or mark == 0 or symbols():
-            return self.region(kind, *own, *shared)
-        return self.known(number(kind, mark, *facts) + 0, *own, *shared)
+            return self.region(kind, *own, *kept, *shared)
+        of_memory = 0 if memory is None else memory.likeness() + 0
+        return self.known(number(kind, mark, of_memory, *facts) + 0, *own, *kept, *shared)
 
     @torch.compiler.assume_constant_result
     def likeness(self) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 from .config import DSV4Config
 from .layers import put, take
 from .quant import kv_layout
+from .repeated import about, number
 from .schedule import CSA, SWA
 
 Dtype = torch.dtype | None
@@ -83,6 +84,12 @@ class LayerState:
         if b is None:
             return self.kv, 1, a.values, a.gates, a.entries, a.scales
         return self.kv, 2, a.values, a.gates, a.entries, a.scales, b.values, b.gates, b.entries, b.scales
+
+    @torch.compiler.assume_constant_result
+    def likeness(self) -> int:
+        """A number that states share whose parts are the same but for their values."""
+        places: dict[Any, int] = {}
+        return number(*(about(x, places) if isinstance(x, Tensor) else x for x in self.parts()))
 
     @staticmethod
     def of(parts: Iterator[Any]) -> "LayerState":

@@ -49,6 +49,23 @@ def test_a_kind_of_layer_is_traced_and_rewritten_once(remembers):
         assert len(compilation_time_metrics["invoke_subgraph_reuse_stamp_out"]) == 4
 
 
+def test_layers_whose_memory_differs_are_told_apart():
+    """Of three alike, one has room for more entries."""
+    model = deep((HCA,) * 3)
+    mine, theirs = (model.new_state(1, 16) for _ in "ab")
+    for state in (mine, theirs):
+        memory = state.layers[1].compressor
+        memory.entries = torch.cat([memory.entries, memory.entries], 1)
+    assert [a.likeness() for a in mine.layers] == [b.likeness() for b in theirs.layers]
+    assert len({layer.likeness() for layer in mine.layers}) == 2
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    compilation_time_metrics.clear()
+    for token in torch.arange(5).view(5, 1, 1):
+        torch.testing.assert_close(compiled(token, mine), model(token, theirs), rtol=1e-4, atol=1e-4)
+    if REUSES:
+        assert len(compilation_time_metrics["invoke_subgraph_trace"]) == 2
+
+
 def test_dynamo_gets_through_layers_whose_sizes_are_symbols():
     """`State.fits` settles which of them are the model's own: a region must not find out. No more than Dynamo here."""
     model = deep((SWA,) * 2)
@@ -172,9 +189,9 @@ class Counted(Repeated):
         self.number = number
 
     def forward(self, x):
-        return self.once((x,), 0, ())
+        return self.once((x,), None, 0, ())
 
-    def work(self, alike, x):
+    def work(self, alike, x, remembers):
         return x + self.number
 
     region, known = region(work), known_region(work)
