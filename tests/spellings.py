@@ -336,7 +336,7 @@ class Writer(ast.NodeTransformer):
     def visit(self, node: Any) -> Any:
         if isinstance(node, ast.FunctionDef) and node.name in KEPT:
             return node
-        if not hasattr(node, "number") or called(node) & ONCE:
+        if not hasattr(node, "number") or does_something(node):
             return self.generic_visit(node)
         number = node.number
         if self.rng.random() < self.share:
@@ -349,7 +349,8 @@ class Writer(ast.NodeTransformer):
         if self.only is None and self.rng.random() < self.share / 10 and isinstance(node, (ast.Call, ast.BinOp)):
             seen = facts().get(number, Seen())
             if seen.is_tensor:
-                return self.put(self.rng.choice(NOISE), {"A": node}, number, visit=False)
+                noise = [words for words in NOISE if "*" not in words or torch.bool not in seen.dtype]
+                return self.put(self.rng.choice(noise), {"A": node}, number, visit=False)
         return node
 
     def put(self, words: str, found: dict[str, ast.expr], number: int, visit: bool = True) -> ast.expr:
@@ -384,12 +385,13 @@ def free(a: ast.stmt, b: ast.stmt) -> bool:
     names = [n for n in ast.walk(b) if isinstance(n, ast.Name)]
     written = {n.id for n in ast.walk(a) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     stores = any(isinstance(t, (ast.Attribute, ast.Subscript)) for s in (a, b) for t in s.targets)
-    return not (stores or called(a) & ONCE or written & {n.id for n in names})
+    return not (stores or does_something(a) or written & {n.id for n in names})
 
 
-def called(tree: ast.AST) -> set[str]:
-    """Names of the functions and methods that are called."""
-    return {getattr(n.func, "attr", getattr(n.func, "id", "")) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+def does_something(tree: ast.AST) -> bool:
+    """Whether it calls what is in ONCE, or what writes to a tensor, by its name."""
+    names = {getattr(n.func, "attr", getattr(n.func, "id", "")) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    return any(name in ONCE or (name.endswith("_") and not name.startswith("_")) for name in names)
 
 
 @dataclass

@@ -142,6 +142,7 @@ SAME = {  # two spellings, and their inputs
         (LIST.abs().flatten() % 5,),
     ),
     "turned twice": (lambda x: x.exp(), lambda x: x.mT.reshape(10, 8, 3).mT.exp().view(x.shape), (X,)),
+    "a new axis that is dropped": (lambda x: x.exp(), lambda x: x.unsqueeze(0).squeeze(0).exp(), (X,)),
     "twice negative": (lambda x: x.exp(), lambda x: (x.neg().neg()).exp(), (X,)),
 }
 

@@ -250,6 +250,14 @@ def parts(w: Writer, node: Node) -> Node | None:
     return None
 
 
+@form(aten.squeeze.dim, aten.squeeze.dims)
+def undone_axis(w: Writer, node: Node) -> Node | None:
+    """A new axis that is dropped at once: of a list, it would be taken for one token's."""
+    x = args(node)[0]
+    before = x.args[0] if is_call(x, aten.unsqueeze.default) else None
+    return before if before is not None and same_shape(shape(before), shape(node)) else None
+
+
 @form(aten.select.int)
 def only_one(w: Writer, node: Node) -> Node | None:
     """The one element of an axis of size 1; one of each group of an axis cut into groups."""
