@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dispatch.python import enable_python_dispatcher
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from dsv4_compile.backend import backend
 from dsv4_compile.config import Config
+from dsv4_compile.graphs.graph import head, trace_aten
 from dsv4_compile.lowerings import OPS
 from dsv4_compile.passes import PassManager
 from dsv4_compile.patterns import RULES
@@ -110,12 +112,23 @@ def otherwise(variant, case):
     return model
 
 
+@cache
+def negative_is_refused() -> bool:
+    """Whether the graph of one_hot says that no number is negative: torch 2.11's does not."""
+    with FakeTensorMode():
+        graph = trace_aten(lambda x: F.one_hot(x, 5), [torch.empty(7, dtype=torch.int64)])
+    return any(head(n) == "aten._assert_async" for n in graph.nodes)
+
+
 @pytest.mark.parametrize("seed", range(TRIALS))
 def test_other_words_raise_the_same_ops(seed):
     case = CASES[seed % len(CASES)]
     _, tokens, state, want, expected = usual(case)
     through_dynamo = seed % 10 == 4
-    variant = spellings.variant(seed, avoid=PROPERTY if through_dynamo else "nothing")
+    avoided = [PROPERTY] if through_dynamo else []
+    if case[2] == "hash_moe" and not negative_is_refused():
+        avoided.append("one_hot")  # of numbers of a table, nothing says then that all of them count
+    variant = spellings.variant(seed, avoid="|".join(avoided) or "nothing")
     assert len(variant.done) > 30
     model = otherwise(variant, case)
     torch.testing.assert_close(model(tokens, copy.deepcopy(state)), want, rtol=1e-5, atol=1e-5)  # the words are right
