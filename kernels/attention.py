@@ -18,10 +18,11 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, const_expr
 
-from dsv4_compile.kernel import Kernel, alike, by_twos, fake, rounded, stream
-from dsv4_compile.kernels import attention_exact, attention_wide
+from dsv4_compile.kernel import Kernel, alike, by_twos, fake, rounded
+from dsv4_compile.kernels import attention_exact, attention_inputs, attention_wide
 from dsv4_compile.kernels import warps as of_warp
 from dsv4_compile.kernels.attention_cost import PROCESSORS, usable
+from dsv4_compile.kernels.attention_inputs import Rows, arguments, named
 
 LOG2E = math.log2(math.e)
 WARPS = 8
@@ -31,15 +32,9 @@ SHARED = 227 * 1024 - 1024  # bytes of a block on sm_90 and later, and what the 
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(attention_inputs.Shape):
     """Queries of `heads` heads of d channels, d a multiple of 64 and at most 512. entries: whether there is a second list.
     on_window: where the sink goes. rope: trailing channels that the result is turned back in, a multiple of 4, or 0."""
-
-    d: int
-    heads: int
-    entries: bool
-    on_window: bool
-    rope: int
 
     @property
     def row_bytes(self) -> int:
@@ -109,7 +104,7 @@ def at_once(shape: Shape, config: Config) -> int:
     return 2 if shape.has_registers(config) and 8 * Plan(shape, config).words <= SHARED else 1
 
 
-class Attention:
+class Attention(Rows):
     def __init__(self, shape: Shape, config: Config):
         self.d, self.h, self.rope, self.on_window = shape.d, shape.heads, shape.rope, shape.on_window
         self.H, self.R, self.stages, self.splits = config.heads, config.rows, config.stages, config.splits
@@ -216,12 +211,7 @@ class Attention:
         place = tile * self.R + warp * part + lane % part
         row = Int32(-1)
         if tile < last:
-            if place < window.shape[1]:
-                row = Int32(window[token, place])
-            else:
-                if const_expr(index is not None):
-                    if place < rows:
-                        row = Int32(index[token, place - window.shape[1]])
+            row = named(place, rows, token, window, index)
         return row
 
     @cute.jit
@@ -252,10 +242,6 @@ class Attention:
         base = start + 4 * self.plan.kv + stage * self.R * self.row_bytes
         target = base + place * self.row_bytes + (piece ^ (place % 8)) * 16
         of_warp.copy_16(target, source + piece * 16, Int32(16) if row >= 0 else Int32(0))
-
-    def address(self, rows, request, row):
-        """Of a row of a request; requests may lie apart."""
-        return rows.iterator.toint() + 2 * Int64(request) * rows.stride[0] + Int64(cutlass.max(row, 0)) * self.row_bytes
 
     @cute.jit
     def fetch_queries(self, q, token, group, start, thread):
@@ -471,29 +457,12 @@ class Attention:
 
 
 def program(shape: Shape, config: Config):
-    """q [N, h, d], keys [B, S, d], window [N, W] int64, entries [B, E, d] and index [N, K] int64 or None, sink [h] fp32,
-    cos and sin [P, rope / 2] fp32 or None, of which token n reads row n mod P, sums [N, chunks, h, d] and marks
-    [N, chunks, h, 2] fp32 to work in, or None with one chunk -> out [N, h, d]; scale; T, tokens of a request: N = B T."""
-    B, N, W, K = (cute.sym_int() for _ in range(4))
-    more, turn = shape.entries, shape.rope > 0
-    table = fake(Float32, cute.sym_int(), shape.rope // 2, align=4) if turn else None
-    arguments = (
-        fake(BFloat16, N, shape.heads, shape.d),
-        fake(BFloat16, B, cute.sym_int(), shape.d),
-        fake(Int64, N, W, align=8),
-        fake(BFloat16, B, cute.sym_int(), shape.d) if more else None,
-        fake(Int64, N, K, align=8) if more else None,
-        fake(Float32, shape.heads, align=4),
-        table,
-        table,
-        fake(Float32, N, config.chunks, shape.heads, shape.d) if config.chunks > 1 else None,
-        fake(Float32, N, config.chunks, shape.heads, 2, align=4) if config.chunks > 1 else None,
-        fake(BFloat16, N, shape.heads, shape.d),
-        Float32(1.0),
-        Int32(1),
-        stream(),
-    )
-    return Attention(shape, config), arguments
+    """As `arguments` says; to work in, sums [N, chunks, h, d] and marks [N, chunks, h, 2] fp32, or None with one chunk."""
+    N, work = cute.sym_int(), (None, None)
+    if config.chunks > 1:
+        parts = N, config.chunks, shape.heads
+        work = fake(Float32, *parts, shape.d), fake(Float32, *parts, 2, align=4)
+    return Attention(shape, config), arguments(shape, *work, N=N)
 
 
 def configs(shape: Shape) -> Iterator[Config]:

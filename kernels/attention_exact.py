@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64, const_expr
+from cutlass import BFloat16, Float32, Int32, const_expr
 
-from dsv4_compile.kernel import Kernel, fake, stream
+from dsv4_compile.kernel import Kernel
+from dsv4_compile.kernels import attention_inputs
+from dsv4_compile.kernels.attention_inputs import arguments, named
 
 DTYPES = {"bf16": BFloat16, "fp32": Float32}
 LOG2E = math.log2(math.e)
@@ -23,14 +25,9 @@ ROWS = THREADS  # at a time
 
 
 @dataclass(frozen=True)
-class Shape:
-    """As kernels/attention.py has it; d at most 1024, rope even, `dtype` of queries, keys, entries and result."""
+class Shape(attention_inputs.Shape):
+    """d at most 1024, rope even, `dtype` of queries, keys, entries and result."""
 
-    d: int
-    heads: int
-    entries: bool
-    on_window: bool
-    rope: int
     dtype: str
 
 
@@ -74,7 +71,7 @@ class Attention:
         top, total = -Float32.inf, Float32(0.0)
         for tile in cutlass.range(cute.ceil_div(rows, ROWS), unroll=1):
             cute.arch.barrier()
-            row_of[thread] = self.pick(tile * ROWS + thread, rows, token, window, index)
+            row_of[thread] = named(tile * ROWS + thread, rows, token, window, index)
             cute.arch.barrier()
             for r in cutlass.range(ROWS // WARPS, unroll=1):
                 place = r * WARPS + warp
@@ -137,17 +134,6 @@ class Attention:
                 out[token, head, column] = x.to(self.dtype)
 
     @cute.jit
-    def pick(self, place, rows, token, window, index):
-        row = Int32(-1)
-        if place < window.shape[1]:
-            row = Int32(window[token, place])
-        else:
-            if const_expr(index is not None):
-                if place < rows:
-                    row = Int32(index[token, place - window.shape[1]])
-        return row
-
-    @cute.jit
     def at(self, in_window, request, row, column, keys, entries):
         """A channel of a row; 0 beyond the last one."""
         x = Float32(0.0)
@@ -168,25 +154,8 @@ class Attention:
 
 
 def program(shape: Shape, config: Config):
-    """The arguments of kernels/attention.py."""
-    B, N, dtype = cute.sym_int(), cute.sym_int(), DTYPES[shape.dtype]
-    align = dtype.width // 8
-    table = fake(Float32, cute.sym_int(), shape.rope // 2, align=4) if shape.rope else None
-    arguments = (
-        fake(dtype, N, shape.heads, shape.d, align=align),
-        fake(dtype, B, cute.sym_int(), shape.d, align=align),
-        fake(Int64, N, cute.sym_int(), align=8),
-        fake(dtype, B, cute.sym_int(), shape.d, align=align) if shape.entries else None,
-        fake(Int64, N, cute.sym_int(), align=8) if shape.entries else None,
-        fake(Float32, shape.heads, align=4),
-        table,
-        table,
-        fake(dtype, N, shape.heads, shape.d, align=align),
-        Float32(1.0),
-        Int32(1),
-        stream(),
-    )
-    return Attention(shape, config), arguments
+    dtype = DTYPES[shape.dtype]
+    return Attention(shape, config), arguments(shape, dtype=dtype, align=dtype.width // 8)
 
 
 def configs(shape: Shape) -> Iterator[Config]:

@@ -17,9 +17,10 @@ from cutlass import BFloat16, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
-from dsv4_compile.kernel import Kernel, fake, stream
+from dsv4_compile.kernel import Kernel
 from dsv4_compile.kernels import warps as of_warp
 from dsv4_compile.kernels.attention_cost import estimate
+from dsv4_compile.kernels.attention_inputs import Rows, Shape, arguments, named
 
 LOG2E = math.log2(math.e)
 HEADS = 64  # of a product
@@ -29,17 +30,6 @@ THREADS = MULTIPLYING + BRINGING
 REGISTERS = 40, 232  # of a thread that brings and of one that multiplies
 SHARED = 227 * 1024  # bytes of a block
 AMONG, TURN = 1, 2  # named barriers of the threads that multiply: of all, and two by which warpgroups take turns
-
-
-@dataclass(frozen=True)
-class Shape:
-    """As kernels/attention.py has it."""
-
-    d: int
-    heads: int
-    entries: bool
-    on_window: bool
-    rope: int
 
 
 @dataclass(frozen=True)
@@ -76,7 +66,7 @@ def fits(shape: Shape, config: Config) -> bool:
     return config.splits <= config.heads and used(shape, config) <= SHARED
 
 
-class Attention:
+class Attention(Rows):
     def __init__(self, shape: Shape, config: Config):
         self.d, self.h, self.rope, self.on_window = shape.d, shape.heads, shape.rope, shape.on_window
         self.H, self.R, self.stages, self.splits = config.heads, config.rows, config.stages, config.splits
@@ -291,17 +281,8 @@ class Attention:
         row = Int32(-1)
         if tile < last:
             if lane < self.R // 4:
-                if place < window.shape[1]:
-                    row = Int32(window[token, place])
-                else:
-                    if const_expr(index is not None):
-                        if place < rows:
-                            row = Int32(index[token, place - window.shape[1]])
+                row = named(place, rows, token, window, index)
         return row
-
-    def address(self, rows, request, row):
-        """Of a row of a request; requests may lie apart."""
-        return rows.iterator.toint() + 2 * Int64(request) * rows.stride[0] + Int64(cutlass.max(row, 0)) * self.row_bytes
 
     @cute.jit
     def fetch_queries(self, q, token, group, start, thread):
@@ -490,25 +471,7 @@ def store_one(address, word):
 
 
 def program(shape: Shape, config: Config):
-    """As kernels/attention.py has it, without sums and marks."""
-    B, N, W, K = (cute.sym_int() for _ in range(4))
-    more, turn = shape.entries, shape.rope > 0
-    table = fake(Float32, cute.sym_int(), shape.rope // 2, align=4) if turn else None
-    arguments = (
-        fake(BFloat16, N, shape.heads, shape.d),
-        fake(BFloat16, B, cute.sym_int(), shape.d),
-        fake(Int64, N, W, align=8),
-        fake(BFloat16, B, cute.sym_int(), shape.d) if more else None,
-        fake(Int64, N, K, align=8) if more else None,
-        fake(Float32, shape.heads, align=4),
-        table,
-        table,
-        fake(BFloat16, N, shape.heads, shape.d),
-        Float32(1.0),
-        Int32(1),
-        stream(),
-    )
-    return Attention(shape, config), arguments
+    return Attention(shape, config), arguments(shape)
 
 
 def configs(shape: Shape) -> Iterator[Config]:
