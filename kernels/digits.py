@@ -247,9 +247,7 @@ class Digits:
         """A thread's words of rows g and g + 8 in a block."""
         rows = [cute.make_rmem_tensor((4,), Int32) for _ in range(2)]
         for r, part in enumerate(rows):
-            place = begin // 4 + (j * 2 + r) * stored.LANES + self.lane
-            if const_expr(self.paired):
-                place = begin // 4 + j // 2 * 128 + self.unit(r, self.g, j % 2 * 4 + self.t)
+            place = begin // 4 + self.piece(j, r, self.t)
             cute.autovec_copy(cute.zipped_divide(self.ring, (4,))[None, place], part)
         return rows
 
@@ -316,11 +314,12 @@ class Digits:
             for r in cutlass.range_constexpr(2):
                 sums[2 * n + r] = sums[2 * n + r] + inner[2 * n + r] * here
 
-    def piece(self, j: int, r: int, c: int):
-        """Where the c-th 16 bytes of rows g or g + 8 lie in a block."""
+    def piece(self, j: int, r: int, c):
+        """Where the c-th 16 bytes of row g or g + 8 of block j lie in a stage. Neither paired nor read in turn, they are those
+        that the thread copied."""
         if self.paired:
-            return j // 2 * 128 + self.unit(r, self.g, j % 2 * 4 + c)
-        return (j * 2 + r) * stored.LANES + self.turned(c)
+            return j // 2 * (4 * stored.LANES) + self.unit(r, self.g, j % 2 * 4 + c)
+        return (j * 2 + r) * stored.LANES + (self.turned(c) if self.in_turn else self.lane)
 
     def point_of(self, point, n: int):
         """The factor of the vector that a thread's two columns of the n-th eight belong to."""

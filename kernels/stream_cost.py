@@ -72,7 +72,7 @@ def cost(work: Work, config: Config) -> float:
     decoding = numbers * each / LANES_A_US * max(1.0, 16 / (present * config.warps)) ** 0.45
     stream = (reading**3 + decoding**3) ** (1 / 3)
     staged = waves * present * work.M * columns * (2 / CACHED + h.number / LANES_A_US)
-    ends = h.end * work.turns(config) / present + h.last * (config.rows / (TEAM * ROWS) - 1 if wide else 0)
+    ends = h.end * work.turns(config) / present + h.last * (config.rows / (TEAM * ROWS) - 1)
     if config.split > 1:
         ends += h.cluster * (config.split - 1) ** h.power
     rest = h.a_stage * config.stages + A_BLOCK * config.resident + h.a_size * abs(config.blocks - 2)
