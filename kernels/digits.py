@@ -13,14 +13,11 @@ where the vector is zero but for the 32 columns of that thread. It gets their su
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
-from cutlass._mlir import ir
-from cutlass._mlir.dialects import llvm
 
-from dsv4_compile.kernels import stored
-from dsv4_compile.kernels.stored import as_float, assembled
+from dsv4_compile.kernels import stored, warpgroup
+from dsv4_compile.kernels.parts import PARTS, SECOND, larger, pointed, split
+from dsv4_compile.kernels.stored import assembled
 
-PARTS = 2  # of a number
-SECOND = 2.0**-5  # what the second part is a multiple of
 POINT = 128  # columns that share one
 BACK = {"fp8": 1.0, "mxfp4": 2.0**6, "nvfp4": 2.0**6}  # what weights must be multiplied by
 STEP = 32  # columns of one instruction
@@ -51,58 +48,6 @@ def e2m1(word):
     """Eight e2m1 -> e4m3 of unit 2^-6: those of even places, those of odd ones."""
     signs, rest = 0x80808080 - 2**32, 0x1C1C1C1C
     return [((word << 4) & signs) | ((word << 2) & rest), (word & signs) | ((word >> 2) & rest)]
-
-
-def split(values):
-    """Four numbers below 2^8 -> the word of their first parts, and that of the second ones."""
-    text = (
-        "{ .reg .b32 x<2>, y<2>, by; .reg .b16 h<2>; mov.b32 by, 0x50005000; "  # 32
-        "cvt.rn.f16x2.f32 x0, $3, $2; cvt.rn.f16x2.f32 x1, $5, $4; "
-        "cvt.rn.satfinite.e4m3x2.f16x2 h0, x0; cvt.rn.satfinite.e4m3x2.f16x2 h1, x1; mov.b32 $0, {h0, h1}; "
-        "cvt.rn.f16x2.e4m3x2 y0, h0; cvt.rn.f16x2.e4m3x2 y1, h1; "
-        "sub.rn.f16x2 x0, x0, y0; sub.rn.f16x2 x1, x1, y1; mul.rn.f16x2 x0, x0, by; mul.rn.f16x2 x1, x1, by; "
-        "cvt.rn.satfinite.e4m3x2.f16x2 h0, x0; cvt.rn.satfinite.e4m3x2.f16x2 h1, x1; mov.b32 $1, {h0, h1}; }"
-    )
-    out = assembled("!llvm.struct<(i32, i32)>", text, "=&r,=&r,f,f,f,f", *values)
-    i32 = ir.IntegerType.get_signless(32)
-    return [Int32(llvm.extractvalue(i32, out, [p])) for p in range(PARTS)]
-
-
-def larger(a, b):
-    """Of pairs of 16-bit numbers."""
-    return Int32(assembled("i32", "max.u16x2 $0, $1, $2;", "=r,r,r", Int32(a), Int32(b)))
-
-
-def products(chains, wide: int, descriptor, stride: int):
-    """For each chain of (left operand: four words, which 32 columns): the sum of its products, 4 `wide` numbers of a thread.
-    descriptor: lower word of that of the parts of the first columns; it grows by `stride` for each 32."""
-    count, outs, lines, operands = 4 * wide, 4 * wide * len(chains), [], []
-    lines += [
-        "{ .reg .pred no, yes; .reg .b32 l, h; .reg .b64 b; mov.b32 h, 8;"
-    ]  # 128 bytes from eight columns to eight
-    lines += ["setp.ne.b32 no, h, 8; setp.eq.b32 yes, h, 8; wgmma.fence.sync.aligned;"]
-    for c, chain in enumerate(chains):
-        sums = ", ".join(f"${c * count + i}" for i in range(count))
-        for first, (left, step) in enumerate(chain):
-            a = ", ".join(f"${outs + 1 + len(operands) + i}" for i in range(4))
-            operands += [Int32(x) for x in left]
-            lines.append(f"add.s32 l, ${outs}, {step * stride}; mov.b64 b, {{l, h}};")
-            lines.append(f"wgmma.mma_async.sync.aligned.m64n{8 * wide}k32.f32.e4m3.e4m3 {{{sums}}}, {{{a}}}, b,")
-            lines.append(f"{'yes' if first else 'no'}, 1, 1;")
-    lines.append("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; }")
-    constraints = ",".join(["=f"] * outs + ["r"] * (1 + len(operands)))
-    f32 = ir.F32Type.get()
-    found = llvm.inline_asm(
-        ir.Type.parse(f"!llvm.struct<({', '.join(['f32'] * outs)})>"),
-        [x.ir_value() for x in (Int32(descriptor), *operands)],
-        " ".join(lines),
-        constraints,
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-    )
-    numbers = [Float32(llvm.extractvalue(f32, found, [i])) for i in range(outs)]
-    return [numbers[c * count : (c + 1) * count] for c in range(len(chains))]
 
 
 class Digits:
@@ -155,12 +100,7 @@ class Digits:
                     top = larger(top, held[j, c] & 0x7FFF7FFF)
                 for b in cutlass.range_constexpr(4):
                     top = larger(top, cute.arch.shuffle_sync_bfly(top, 1 << b))
-                exponent = cutlass.max((top & 0xFFFF) >> 7, top >> 23)
-                kept = cutlass.max(exponent, Int32(20))  # what is below 2^-107 loses bits
-                by = as_float((261 - kept) << 23)  # the largest becomes less than 2^8
-                by = stored.pair(by, by)
-                # not finite: the vector's results are NaN
-                point = as_float(Int32(0x7FC00000) if exponent == 255 else (kept - 7) << 23)
+                by, point = pointed(top)
                 if share < of_all * self.M:
                     if const_expr(factor is not None):
                         point = point * factor[run // runs]
@@ -212,9 +152,7 @@ class Digits:
         begin = (self.warp * self.stages + slot) * (self.weight_words + self.scale_words)
         first = (step * self.teams + self.team) * self.blocks  # block of the segment
         unit = segment * (self.columns // STEP) + first * (self.format.block // STEP)
-        at = (self.parts.iterator.toint() & 0x3FFFF) // 16  # in a cluster, the upper bits name the block
-        at = at + unit * (self.stride // 16)
-        descriptor = at | Int32(self.wide * 8 << 16)  # bytes by 16 from 16 columns to the next 16
+        descriptor = warpgroup.descriptor(self.parts.iterator.toint(), self.wide, unit * (self.stride // 16))
         per_point = POINT // self.format.block
         for j in cutlass.range_constexpr(self.blocks // per_point):
             point = (segment * (self.columns // POINT) + first // per_point + j) * self.per_point
@@ -235,7 +173,7 @@ class Digits:
             for u in cutlass.range_constexpr(2):
                 left = [words[r][2 * u + i] for i in range(2) for r in range(2)]
                 chain.append((left, 4 * j + 2 * b + u))
-        (part,) = products([chain], self.wide, descriptor, self.stride // 16)
+        (part,) = warpgroup.products("e4m3", [chain], self.wide, descriptor, self.stride // 16)
         scales = [self.scale_of(begin, 2 * j, r)[0] for r in range(2)]
         for n in cutlass.range_constexpr(self.wide):
             here = self.point_of(point, n)
@@ -261,7 +199,7 @@ class Digits:
                 a, b = e2m1(rows[0][i]), e2m1(rows[1][i])
                 chain.append(([a[0], b[0], a[1], b[1]], 4 * j + i))
             chains += [chain[:2], chain[2:]] if nvfp4 else [chain]
-        parts = products(chains, 1, descriptor, self.stride // 16)
+        parts = warpgroup.products("e4m3", chains, 1, descriptor, self.stride // 16)
         for k in cutlass.range_constexpr(count):
             here = self.points[point + k]
             for r in cutlass.range_constexpr(2):
@@ -295,7 +233,7 @@ class Digits:
                 for r in cutlass.range_constexpr(2):
                     rows.append(e2m1(self.ring[begin + self.piece(j, r, c) * 4 + self.t]))
                 chains.append([([rows[0][0], rows[1][0], rows[0][1], rows[1][1]], 4 * j + c)])
-            parts = products(chains, self.wide, descriptor, self.stride // 16)
+            parts = warpgroup.products("e4m3", chains, self.wide, descriptor, self.stride // 16)
             for k in cutlass.range_constexpr(at_once):
                 c = first + k
                 if const_expr(self.halves):

@@ -1,18 +1,12 @@
 """The lightning indexer: scores of all entries that a token may see, and the k best of them, as a set in ascending order.
 
-Scores come from tensor cores: a warp keeps the queries of all heads in registers and takes 16 entries at a time, so that
-keys go from memory to registers once and nothing but one number of each entry leaves them. That number is an integer which
-sorts like the score and is kept in shared memory by a cluster of blocks, each with its part of the entries. The k-th best
-is found by its digits, 11 bits at a time: every block counts the digits of its candidates, adds its counts to those of all
-blocks, and all blocks come to the same conclusion. At last each block writes its chosen entries behind those of the blocks
-before it; of equal ones at the end the lower.
+A score (kernels/indexer_scores.py) is kept as an integer which sorts like it, in shared memory, by a cluster of blocks, each
+with its part of the entries. The k-th best is found by its digits, 11 bits at a time: every block counts the digits of its
+candidates, adds its counts to those of all blocks, and all blocks come to the same conclusion. At last each block writes its
+chosen entries behind those of the blocks before it; of equal ones at the end the lower.
 
 Few tokens with many entries leave most processors without work that way. Then all of them write scores first, by a launch
-of its own, which the clusters read. There each lane has a ring in shared memory of what it will itself put into products, so
-that several tiles are on their way and nobody waits for another lane.
-
-Keys in e4m3 become bf16 by moving bits, which multiplies them by 2^-120; queries make up for some of it. The scale of an
-entry multiplies its score.
+of its own, which the clusters read.
 """
 
 from collections.abc import Iterator
@@ -22,14 +16,12 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, const_expr
 
-from dsv4_compile.kernel import Kernel, by_twos, fake, rounded, stream
-from dsv4_compile.kernels import stored
+from dsv4_compile.kernel import Kernel, arch, by_twos, fake, rounded, stream
 from dsv4_compile.kernels import warps as of_warp
+from dsv4_compile.kernels.indexer_scores import TILE, Scores, Shape, sortable
 
 BINS = 2048
 DIGITS = ((21, BINS), (10, BINS), (0, 1024))  # of a score: where each starts, and how many values it has
-TILE = 16  # entries of a warp's product
-SCORERS = 8  # warps of a block that scores: more would not find the registers
 SMS = 132  # processors that the cost model reckons with
 MOST_BLOCKS = 16  # of a cluster
 AHEAD = 4  # entries of a thread that are looked at together
@@ -37,47 +29,30 @@ SHARED = 227 * 1024 - 1024
 MOST, MANY = 1 << 22, 1 << 12  # scores that are written: 16 MB; of so many tokens
 LARGEST = 319488  # entries that a cluster has room for
 RING, DEEPEST = 9 << 14, 8  # bytes of a block's rings, and tiles of one
-E4M3 = stored.Format("fp8")
-LIFT = stored.Format("fp8").lift  # of queries
-LIFTS = (127 + 48) * 0x800080  # a pair of it in bf16
-
-
-@dataclass(frozen=True)
-class Shape:
-    """heads: at most 64. d: channels, a multiple of 32 and at most 128. weights: their dtype. rope: trailing channels of the
-    queries to turn first, in pairs, a multiple of 8, or 0. keys: "bf16", or "fp8", e4m3 with scales, where d is a multiple of
-    64."""
-
-    heads: int
-    d: int
-    weights: str = "fp32"
-    rope: int = 0
-    keys: str = "bf16"
-
-    @property
-    def row(self) -> int:
-        """Bytes of a key."""
-        return self.d * (2 if self.keys == "bf16" else 1)
-
-    @property
-    def stage(self) -> int:
-        """Bytes of a tile in a ring."""
-        return TILE * self.row + (0 if self.keys == "bf16" else 128)
 
 
 @dataclass(frozen=True)
 class Config:
     """blocks: of a cluster, which has the entries of a token. room: entries of a block, a multiple of 16. warps: of a block.
-    apart: scores by a launch of their own. stages: tiles of a warp's ring, at least 2; 0: one tile ahead, in registers."""
+    apart: scores by a launch of their own. scorers: warps of a block that scores, which is `warps` where it also chooses; more
+    than 8 do not find the registers unless `grouped`: four of them multiply together, which Hopper can. stages: tiles of a
+    warp's ring, at least 2; 0: one tile ahead, in registers."""
 
     blocks: int
     room: int
     warps: int
     apart: bool
+    scorers: int = 8
+    grouped: bool = False
     stages: int = 0
 
     def covers(self, entries: int) -> bool:
         return self.blocks * (self.room - TILE) >= entries
+
+    @property
+    def sparse(self) -> bool:
+        """Whether so many entries are reckoned with that the first digit leaves few of 32: only those are looked at again."""
+        return self.blocks == MOST_BLOCKS and self.room > 8192
 
 
 class Plan:
@@ -86,9 +61,9 @@ class Plan:
     def __init__(self, config: Config):
         self.counts = config.room  # of this block, digit by digit
         self.merged = self.counts + (len(DIGITS) * BINS if config.blocks > 1 else 0)
-        self.sums = self.merged + len(DIGITS) * BINS  # of warps, digit by digit
-        self.found = self.sums + len(DIGITS) * 32
-        self.totals = self.found + len(DIGITS) * 4  # of warps: entries that are better, and that are equal
+        self.sums = self.merged + len(DIGITS) * BINS  # of warps, digit by digit; then of this block alone
+        self.found = self.sums + (len(DIGITS) + 1) * 32
+        self.totals = self.found + (len(DIGITS) + 1) * 4  # of warps: entries that are better, and that are equal
         self.before = self.totals + 2 * 32  # the same of the cluster's blocks
         self.weights = self.before + 2 * MOST_BLOCKS  # of heads
         self.words = self.weights + 64
@@ -105,28 +80,12 @@ def store(address, word):
     cute.arch.inline_ptx("st.shared::cluster.u32 [{$r0}], {$r1};", read_only_args=[address, word])
 
 
-def load_pair(address):
-    """From shared memory, each time anew: registers that would keep the numbers are needed."""
-    return cute.arch.inline_ptx(
-        "ld.shared.v2.f32 {{$w0}, {$w1}}, [{$r0}];", write_only_types=[Float32] * 2, read_only_args=[address]
-    )
-
-
-@cute.jit
-def sortable(x: Float32) -> Int32:
-    """Bits in the order of the floats, as of a number without a sign; both zeros are one."""
-    bits = cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[x])
-    bits = Int32(0) if bits == Int32(-(2**31)) else bits
-    return bits ^ ((bits >> 31) | Int32(-(2**31)))
-
-
-class Program:
+class Program(Scores):
     def __init__(self, shape: Shape, config: Config):
-        self.h, self.d, self.rope = shape.heads, shape.d, shape.rope
-        self.tiles, self.lines = -(-shape.heads // 8), shape.d // 32  # of 8 heads, of 32 channels
-        self.scaled, self.row, self.stage, self.pieces = shape.keys == "fp8", shape.row, shape.stage, shape.row // 64
-        self.blocks, self.room, self.apart, self.stages = config.blocks, config.room, config.apart, config.stages
+        super().__init__(shape, config.scorers, config.stages, config.grouped, config.apart)
+        self.blocks, self.room, self.apart = config.blocks, config.room, config.apart
         self.warps, self.threads = config.warps, 32 * config.warps
+        self.marks = -(-config.room // (1024 * config.warps)) if config.sparse else 0  # masks of a lane
         self.plan = Plan(config)
 
     @cute.jit
@@ -134,7 +93,7 @@ class Program:
         N = q.shape[0]
         if const_expr(self.apart):
             self.write_scores(q, keys, scales, w, visible, cos, sin, scores, out.shape[1], T).launch(
-                grid=[width, N, 1], block=[32 * SCORERS, 1, 1], min_blocks_per_mp=1, stream=stream, use_pdl=True
+                grid=[width, N, 1], block=[32 * self.scorers, 1, 1], min_blocks_per_mp=1, stream=stream, use_pdl=True
             )
         self.select(q, keys, scales, w, visible, cos, sin, scores, out, T).launch(
             grid=[self.blocks * N, 1, 1],
@@ -144,10 +103,6 @@ class Program:
             stream=stream,
             use_pdl=True,
         )
-
-    def seen(self, visible, keys, token):
-        """Entries that a token may see."""
-        return cutlass.min(Int32(visible[token % visible.shape[0]]), keys.shape[1])
 
     # Scores
 
@@ -159,191 +114,11 @@ class Program:
         width, _, _ = cute.arch.grid_dim()
         n = self.seen(visible, keys, token)
         if n > k:
-            warp = cute.arch.make_warp_uniform(thread // 32)
             allocator = cutlass.memory.SmemAllocator()
-            weights, ring = allocator.allocate_tensor(Float32, cute.make_layout((64,)), 128), Int32(0)
-            if const_expr(self.stages > 0):
-                words = SCORERS * self.stages * self.stage // 4
-                rings = allocator.allocate_tensor(Int32, cute.make_layout((words,)), 128)
-                ring = rings.iterator.toint() + warp * (self.stages * self.stage)
-            first, last, step = block * SCORERS + warp, cute.ceil_div(n, TILE), width * SCORERS
-            target = cute.recast_tensor(scores[token, None], Float32)
-            self.score(q, keys, scales, w, cos, sin, weights, ring, token, T, first, last, step, target, 0)
-
-    @cute.jit
-    def score(self, q, keys, scales, w, cos, sin, weights, ring, token, T, first, last, step, target, skip):
-        """Tiles `first`, `first + step`, ... below `last`, into target[entry - skip]; later tiles are on their way, in the ring
-        or in registers."""
-        thread, _, _ = cute.arch.thread_idx()
-        lane, request = cute.arch.lane_idx(), token // T
-        if const_expr(self.stages > 0):
-            for i in cutlass.range_constexpr(self.stages - 1):
-                self.request_tile(keys, scales, request, first + i * step, last, ring + i * self.stage, lane)
-        else:
-            here, by = self.load(keys, request, first, lane), self.factor(scales, request, first, lane)
-        heads = self.queries(q, cos, sin, token, lane)
-        if thread < 64:
-            weights[thread] = w[token, thread].to(Float32) if thread < self.h else Float32(0.0)
-        cute.arch.barrier()
-        if const_expr(self.stages > 0):
-            slot = Int32(0)
-            for tile in cutlass.range(first, last, step, unroll=1):
-                cute.arch.cp_async_wait_group(self.stages - 2)
-                entries, times = self.received(ring + slot * self.stage, lane)
-                before = slot - 1 if slot > 0 else Int32(self.stages - 1)  # what it held has been used
-                coming = tile + (self.stages - 1) * step
-                self.request_tile(keys, scales, request, coming, last, ring + before * self.stage, lane)
-                self.write(self.products(entries, heads, weights, lane), times, tile, target, skip, lane)
-                slot = slot + 1 if slot < self.stages - 1 else Int32(0)
-        else:
-            for tile in cutlass.range(first, last, step, unroll=1):
-                coming, then = (
-                    self.load(keys, request, tile + step, lane),
-                    self.factor(scales, request, tile + step, lane),
-                )
-                self.write(self.products(here, heads, weights, lane), by, tile, target, skip, lane)
-                here.store(coming.load())
-                by = then
-
-    def entry(self, keys, tile, lane, upper):
-        """The entry of which a lane has channels, or the one 8 further. Beyond the last entry it is that one."""
-        return cutlass.min(tile * TILE + lane // 4 + 8 * upper, keys.shape[1] - 1)
-
-    @cute.jit
-    def request_tile(self, keys, scales, request, tile, last, slot, lane):
-        """Start to copy a tile into a slot of the ring: each lane what it will read, as `load` has it. In any case a group."""
-        if tile < last:
-            number = keys.element_type.width // 8
-            rows = keys.iterator.toint() + number * (Int64(request) * keys.stride[0]) + 16 * (lane % 4)
-            for i in cutlass.range_constexpr(2):
-                source = rows + Int64(self.entry(keys, tile, lane, i)) * self.row
-                for s in cutlass.range_constexpr(self.pieces):
-                    target = slot + (i * self.pieces + s) * 512 + lane * 16
-                    of_warp.copy_16(target, source + 64 * s, Int32(16))
-            if const_expr(self.scaled):
-                place = Int64(request) * scales.stride[0] + self.entry(keys, tile, lane, lane % 2)
-                stored.fetch_word(slot + self.pieces * 1024 + lane * 4, scales.iterator.toint() + 4 * place)
-        cute.arch.cp_async_commit_group()
-
-    def received(self, slot, lane):
-        """A tile out of its slot, as `load` has it, and its factor."""
-        part = cute.make_rmem_tensor((4, self.pieces, 2), Int32)
-        for i in range(2):
-            for s in range(self.pieces):
-                words = of_warp.load_four(slot + (i * self.pieces + s) * 512 + lane * 16)
-                for j, word in enumerate(words):
-                    part[j, s, i] = word
-        by = Float32(1.0)
-        if self.scaled:
-            by = of_warp.load_word(slot + self.pieces * 1024 + lane * 4, True) * Float32(1 / (E4M3.unit * LIFT))
-        return part, by
-
-    @cute.jit
-    def load(self, keys, request, tile, lane):
-        """The entries of a tile: a lane has 16 bytes of each 64, of two entries."""
-        many = 128 // keys.element_type.width
-        part = cute.make_rmem_tensor((many, self.pieces, 2), keys.element_type)
-        for i in cutlass.range_constexpr(2):
-            row = cute.zipped_divide(keys[request, self.entry(keys, tile, lane, i), None], (many,))
-            for s in cutlass.range_constexpr(self.pieces):
-                cute.autovec_copy(row[None, 4 * s + lane % 4], part[None, s, i])
-        return cute.recast_tensor(part, Int32)
-
-    def factor(self, scales, request, tile, lane):
-        """What makes a score of an entry's products: of lane 0 of four that of the first one, of lane 1 of the second."""
-        if not self.scaled:
-            return Float32(1.0)
-        return scales[request, self.entry(scales, tile, lane, lane % 2)] * Float32(1 / (E4M3.unit * LIFT))
-
-    def run(self, r: int, lane):
-        """Which 8 channels of a key are a lane's r-th."""
-        return 8 * (r // 2) + 2 * (lane % 4) + r % 2 if self.scaled else 4 * r + lane % 4
-
-    @cute.jit
-    def queries(self, q, cos, sin, token, lane):
-        """Of all heads, channels as `load` has them; beyond the last head that one again."""
-        heads = cute.make_rmem_tensor((8, self.lines, self.tiles), BFloat16)
-        for t in cutlass.range_constexpr(self.tiles):
-            row = cute.zipped_divide(q[token, cutlass.min(8 * t + lane // 4, self.h - 1), None], (8,))
-            for s in cutlass.range_constexpr(self.lines):
-                cute.autovec_copy(row[None, self.run(s, lane)], heads[None, s, t])
-        if const_expr(self.rope > 0):
-            first = self.d - self.rope
-            for s in cutlass.range_constexpr(self.lines):
-                if const_expr((64 * (s // 2) + 64 if self.scaled else 32 * s + 32) > first):
-                    angle = (8 * self.run(s, lane) - first) // 2
-                    cosines, sines = cute.make_rmem_tensor((4,), Float32), cute.make_rmem_tensor((4,), Float32)
-                    cosines.fill(1.0)
-                    sines.fill(0.0)
-                    if angle >= 0:
-                        for p in cutlass.range_constexpr(4):
-                            cosines[p] = cos[token % cos.shape[0], angle + p]
-                            sines[p] = sin[token % cos.shape[0], angle + p]
-                    for t in cutlass.range_constexpr(self.tiles):
-                        x = cute.make_rmem_tensor((8,), Float32)
-                        x.store(heads[None, s, t].load().to(Float32))
-                        for p in cutlass.range_constexpr(4):
-                            a, b = x[2 * p], x[2 * p + 1]
-                            x[2 * p] = a * cosines[p] - b * sines[p]
-                            x[2 * p + 1] = a * sines[p] + b * cosines[p]
-                        heads[None, s, t].store(x.load().to(BFloat16))
-        words = cute.recast_tensor(heads, Int32)
-        if const_expr(self.scaled):
-            pairs = [E4M3.order[i : i + 2] for i in range(0, 8, 2)]  # as decoded keys have them
-            for t in cutlass.range_constexpr(self.tiles):
-                for s in cutlass.range_constexpr(self.lines):
-                    old = [words[p, s, t] for p in range(4)]
-                    for p in cutlass.range_constexpr(4):
-                        words[p, s, t] = stored.times(stored.picked(old, *pairs[p]), Int32(LIFTS))
-        return words
-
-    def decoded(self, part):
-        """Pairs of bf16, by runs of 8 channels."""
-        if not self.scaled:
-            return part
-        out = cute.make_rmem_tensor((4, self.lines, 2), Int32)
-        for i in range(2):
-            for s in range(self.pieces):
-                for j in range(4):
-                    for p, word in enumerate(stored.e4m3(part[j, s, i])):
-                        out[2 * (j % 2) + p, 2 * s + j // 2, i] = word
-        return out
-
-    @cute.jit
-    def products(self, entries, heads, weights, lane):
-        """Scores of two entries: sum_h weight relu(product). Where a product's 16 channels lie does not matter as long as both
-        factors have them in the same places."""
-        a, b = self.decoded(entries), heads
-        low, high = Float32(0.0), Float32(0.0)
-        together = 4  # sums that do not wait for each other
-        for first in cutlass.range_constexpr(0, self.tiles, together):
-            tiles = range(first, min(first + together, self.tiles))
-            sums = cute.make_rmem_tensor((4, together), Float32)
-            sums.fill(0.0)
-            for s in cutlass.range_constexpr(self.lines):
-                for p in cutlass.range_constexpr(0, 4, 2):
-                    rows = [a[p, s, 0], a[p, s, 1], a[p + 1, s, 0], a[p + 1, s, 1]]
-                    for t in tiles:
-                        of_warp.multiply(sums[None, t - first], rows, b[p, s, t], b[p + 1, s, t])
-            for t in tiles:
-                pair = load_pair(weights.iterator.toint() + 4 * (8 * t + 2 * (lane % 4)))
-                for i, weight in enumerate(pair):
-                    low = low + cute.arch.fmax(sums[i, t - first], Float32(0.0)) * weight
-                    high = high + cute.arch.fmax(sums[2 + i, t - first], Float32(0.0)) * weight
-        for offset in (1, 2):
-            low = low + cute.arch.shuffle_sync_bfly(low, offset)
-            high = high + cute.arch.shuffle_sync_bfly(high, offset)
-        return low, high
-
-    @cute.jit
-    def write(self, both, by, tile, target, skip, lane):
-        low, high = both
-        if lane % 4 < 2:
-            score = low if lane % 4 == 0 else high
-            if const_expr(self.scaled):
-                score = score * by
-            place = tile * TILE + lane // 4 + 8 * (lane % 4) - skip
-            target[place] = score if const_expr(self.apart) else sortable(score)
+            weights, room = allocator.allocate_tensor(Float32, cute.make_layout((64,)), 128), self.allocate(allocator)
+            first, step = block * self.scorers + cute.arch.make_warp_uniform(thread // 32), width * self.scorers
+            last, target = cute.ceil_div(n, TILE), cute.recast_tensor(scores[token, None], Float32)
+            self.score(q, keys, scales, w, cos, sin, weights, room, token, T, first, last, step, target, 0)
 
     # The best
 
@@ -355,7 +130,8 @@ class Program:
         place, _, _ = cute.arch.block_idx()
         rank, token = place % self.blocks, place // self.blocks
         plan, k = self.plan, out.shape[1]
-        room = cutlass.memory.SmemAllocator().allocate_tensor(Int32, cute.make_layout((plan.words,)), 128)
+        allocator = cutlass.memory.SmemAllocator()
+        room = allocator.allocate_tensor(Int32, cute.make_layout((plan.words,)), 128)
         start = room.iterator.toint()
         n = self.seen(visible, keys, token)
         if n <= k:
@@ -369,24 +145,37 @@ class Program:
             share = cute.ceil_div(cute.ceil_div(n, TILE), self.blocks) * TILE  # entries of a block
             first = rank * share
             mine = cutlass.max(cutlass.min(n - first, share), 0)
+            if const_expr(self.blocks > 1):
+                cute.arch.cluster_arrive()  # others may add to these counts: they wait for it before they do
             if const_expr(self.apart):
                 of_warp.follow()
-                self.fetch(cute.recast_tensor(scores[token, None], Float32), first, mine, room, thread)
+                cute.arch.barrier()
+                self.fetch(cute.recast_tensor(scores[token, None], Float32), first, mine, room, start, thread)
             else:
                 warp = cute.arch.make_warp_uniform(thread // 32)
                 tile, last = first // TILE, (first + mine + TILE - 1) // TILE
                 weights = cute.make_tensor(
                     cute.recast_ptr(room.iterator + plan.weights, dtype=Float32), cute.make_layout((64,))
                 )
+                rings = self.allocate(allocator)
                 first_tile, step = tile + warp, self.warps
-                self.score(q, keys, scales, w, cos, sin, weights, 0, token, T, first_tile, last, step, room, first)
-            of_warp.everybody(self.blocks)  # counts are zero, scores are there
-            shift, prefix, need = self.threshold(k, mine, room, start, thread)
-            self.write_chosen(out[token, None], rank, first, mine, shift, prefix, need, room, start, thread)
+                self.score(q, keys, scales, w, cos, sin, weights, rings, token, T, first_tile, last, step, room, first)
+                cute.arch.barrier()
+                for i in cutlass.range(thread, mine, self.threads, unroll=AHEAD):
+                    self.count_first(room[i], start)
+            cute.arch.barrier()
+            shift, prefix, need, masks = self.threshold(k, mine, room, start, thread)
+            self.write_chosen(out[token, None], rank, first, mine, shift, prefix, need, masks, room, start, thread)
+
+    def count_first(self, key, start):
+        """The first digit of a score."""
+        counts = self.plan.merged if self.blocks == 1 else self.plan.counts
+        count(start + 4 * (counts + Int32(Uint32(key) >> Uint32(DIGITS[0][0]))), Int32(1), True)
 
     @cute.jit
-    def fetch(self, scores, first, mine, room, thread):
-        """This block's part of the scores that another launch wrote; of its last 4 words some may be anything."""
+    def fetch(self, scores, first, mine, room, start, thread):
+        """This block's part of the scores that another launch wrote, their first digits counted; of its last 4 words some may
+        be anything."""
         source = cute.zipped_divide(scores, (4,))
         target = cute.zipped_divide(cute.make_tensor(room.iterator, cute.make_layout((self.room,))), (4,))
         for v in cutlass.range(thread, cute.ceil_div(mine, 4), self.threads, unroll=4):
@@ -395,32 +184,36 @@ class Program:
             for j in cutlass.range_constexpr(4):
                 part[j] = sortable(found[j])
             cute.autovec_copy(part, target[None, v])
+            for j in cutlass.range_constexpr(4):
+                if 4 * v + j < mine:
+                    self.count_first(part[j], start)
 
     @cute.jit
     def threshold(self, k, mine, room, start, thread):
-        """Digit by digit: shift and prefix, so that what is above `prefix` when shifted is chosen, and of what is equal to it
-        the first `need`."""
+        """Digit by digit, the first one counted already: shift and prefix, so that what is above `prefix` when shifted is
+        chosen, and of what is equal to it the first `need`; and which entries the first digit left, see `mark`."""
         plan = self.plan
         shift, prefix, need, done = Int32(32), Uint32(0), Int32(k), Int32(0)
+        masks = cute.make_rmem_tensor((max(1, self.marks),), Int32)
         for p in cutlass.range_constexpr(len(DIGITS)):
             low, bins = DIGITS[p]
             if done == 0:
                 merged = plan.merged + p * BINS
-                mask = Uint32(bins - 1)
                 counts = merged if const_expr(self.blocks == 1) else plan.counts + p * BINS
-                for i in cutlass.range(thread, mine, self.threads, unroll=AHEAD):
-                    key = Uint32(room[i])
-                    if const_expr(p == 0):
-                        count(start + 4 * (counts + Int32(key >> Uint32(low))), Int32(1), True)
-                    else:
-                        if key >> Uint32(DIGITS[p - 1][0]) == prefix:
-                            count(start + 4 * (counts + Int32((key >> Uint32(low)) & mask)), Int32(1), True)
-                cute.arch.barrier()
+                if const_expr(p > 0):
+                    self.count_next(masks, mine, DIGITS[p - 1][0], prefix, low, bins, counts, room, start, thread)
+                    cute.arch.barrier()
                 if const_expr(self.blocks > 1):
+                    least = Int32(0)
+                    if const_expr(p == 0 and self.marks > 0):
+                        # where so many are better in this block alone, what is below is not among the best of all
+                        least, _, _ = self.crossing(counts, bins, len(DIGITS), need, room, thread)
+                    if const_expr(p == 0):
+                        cute.arch.cluster_wait()
                     for j in cutlass.range_constexpr(bins // self.threads):
                         here = j * self.threads + thread
                         many = room[counts + here]
-                        if many > 0:
+                        if many > 0 and here >= least:
                             for b in cutlass.range_constexpr(self.blocks):
                                 count(of_warp.of_block(start + 4 * (merged + here), b), many, False)
                     of_warp.everybody(self.blocks)
@@ -429,7 +222,68 @@ class Program:
                 need = need - above
                 shift = Int32(low)
                 done = Int32(1) if equal == need else Int32(0)
-        return shift, prefix, need
+                if const_expr(p == 0 and self.marks > 0):
+                    self.mark(masks, mine, low, prefix, room, thread)
+        return shift, prefix, need, masks
+
+    @cute.jit
+    def count_next(self, masks, mine, above: int, prefix, low: int, bins: int, counts, room, start, thread):
+        """The next digits of those that have a prefix."""
+        if const_expr(self.marks == 0):
+            for i in cutlass.range(thread, mine, self.threads, unroll=AHEAD):
+                self.count_one(Uint32(room[i]), above, prefix, low, bins, counts, start)
+        else:
+            begin, _ = self.part(mine, thread)
+            for m in cutlass.range_constexpr(self.marks):
+                groups = self.left(masks[m])
+                while groups != 0:
+                    g, groups = self.lowest(groups)
+                    if self.is_left(masks[m], g, thread):
+                        key = Uint32(room[begin + m * 1024 + 32 * g + thread % 32])
+                        self.count_one(key, above, prefix, low, bins, counts, start)
+
+    @cute.jit
+    def count_one(self, key, above: int, prefix, low: int, bins: int, counts, start):
+        if key >> Uint32(above) == prefix:
+            digit = Int32((key >> Uint32(low)) & Uint32(bins - 1))
+            count(start + 4 * (counts + digit), Int32(1), True)
+
+    # Of few that are left: a warp has consecutive entries, 32 at a time, and its lane l, in its m-th mask, those of the
+    # (32 m + l)-th 32 that are left.
+
+    def part(self, mine, thread):
+        """Where a warp's entries begin and end."""
+        warp = cute.arch.make_warp_uniform(thread // 32)
+        share = cute.ceil_div(cute.ceil_div(mine, 32), self.warps) * 32
+        return warp * share, cutlass.min((warp + 1) * share, mine)
+
+    @cute.jit
+    def mark(self, masks, mine, shift: int, prefix, room, thread):
+        """Those that are not below a prefix."""
+        lane = thread % 32
+        begin, end = self.part(mine, thread)
+        masks.fill(0)
+        for m in cutlass.range_constexpr(self.marks):
+            here = begin + m * 1024
+            for g in cutlass.range(cutlass.min(32, cute.ceil_div(end - here, 32)), unroll=AHEAD):
+                i, left = here + 32 * g + lane, cutlass.Boolean(False)
+                if i < end:
+                    left = Uint32(room[i]) >> Uint32(shift) >= prefix
+                found = cute.arch.vote_ballot_sync(left)
+                masks[m] = Int32(found) if lane == g else masks[m]
+
+    def left(self, mask):
+        """Which lanes know of any."""
+        return Uint32(cute.arch.vote_ballot_sync(mask != 0))
+
+    def is_left(self, mask, group, thread):
+        """Whether a lane's entry is, of 32 that lane `group` knows of."""
+        return (cute.arch.shuffle_sync(mask, group) >> (thread % 32)) & 1 != 0
+
+    def lowest(self, bits):
+        """The place of the lowest bit, and the others."""
+        rest = bits & (bits - Uint32(1))
+        return Int32(31) - Int32(cute.arch.clz(Int32(bits ^ rest))), rest
 
     @cute.jit
     def crossing(self, merged, bins, p, need, room, thread):
@@ -462,16 +316,24 @@ class Program:
         return tuple(room[plan.found + 4 * p + i] for i in range(3))
 
     @cute.jit
-    def write_chosen(self, out, rank, first, mine, shift, prefix, need, room, start, thread):
-        """In order: each warp has consecutive entries, and starts behind the chosen ones of the warps and blocks before it."""
+    def write_chosen(self, out, rank, first, mine, shift, prefix, need, masks, room, start, thread):
+        """In order: each warp starts behind the chosen ones of the warps and blocks before it."""
         plan = self.plan
         warp, lane = cute.arch.make_warp_uniform(thread // 32), thread % 32
-        share = cute.ceil_div(cute.ceil_div(mine, 32), self.warps) * 32
-        begin, end = warp * share, cutlass.min((warp + 1) * share, mine)
+        begin, end = self.part(mine, thread)
         above, equal = Int32(0), Int32(0)
-        for i in cutlass.range(begin, end, 32, unroll=AHEAD):
-            better, same = self.compared(i + lane, end, shift, prefix, room)
-            above, equal = above + cute.arch.popc(better), equal + cute.arch.popc(same)
+        if const_expr(self.marks == 0):
+            for i in cutlass.range(begin, end, 32, unroll=AHEAD):
+                better, same = self.compared(i + lane, i + lane < end, shift, prefix, room)
+                above, equal = above + cute.arch.popc(better), equal + cute.arch.popc(same)
+        else:
+            for m in cutlass.range_constexpr(self.marks):
+                groups = self.left(masks[m])
+                while groups != 0:
+                    g, groups = self.lowest(groups)
+                    i, is_left = begin + m * 1024 + 32 * g + lane, self.is_left(masks[m], g, thread)
+                    better, same = self.compared(i, is_left, shift, prefix, room)
+                    above, equal = above + cute.arch.popc(better), equal + cute.arch.popc(same)
         if lane == 0:
             room[plan.totals + 2 * warp] = above
             room[plan.totals + 2 * warp + 1] = equal
@@ -491,22 +353,37 @@ class Program:
             for b in cutlass.range_constexpr(self.blocks):
                 of_above, of_equal = room[plan.before + 2 * b], room[plan.before + 2 * b + 1]
                 above, equal = above + (of_above if b < rank else 0), equal + (of_equal if b < rank else 0)
-        below = Int32(cute.arch.lanemask_lt())
-        for i in cutlass.range(begin, end, 32, unroll=AHEAD):
-            better, same = self.compared(i + lane, end, shift, prefix, room)
-            at, tied = above + cute.arch.popc(better & below), equal + cute.arch.popc(same & below)
-            chosen = (better >> lane) & 1
-            if tied < need:
-                chosen = chosen | ((same >> lane) & 1)
-            if chosen != 0:
-                out[at + cutlass.min(tied, need)] = Int64(first + i + lane)
-            above, equal = above + cute.arch.popc(better), equal + cute.arch.popc(same)
+        if const_expr(self.marks == 0):
+            for i in cutlass.range(begin, end, 32, unroll=AHEAD):
+                better, same = self.compared(i + lane, i + lane < end, shift, prefix, room)
+                self.write_those(out, first + i + lane, better, same, above, equal, need, lane)
+                above, equal = above + cute.arch.popc(better), equal + cute.arch.popc(same)
+        else:
+            for m in cutlass.range_constexpr(self.marks):
+                groups = self.left(masks[m])
+                while groups != 0:
+                    g, groups = self.lowest(groups)
+                    i, is_left = begin + m * 1024 + 32 * g + lane, self.is_left(masks[m], g, thread)
+                    better, same = self.compared(i, is_left, shift, prefix, room)
+                    self.write_those(out, first + i, better, same, above, equal, need, lane)
+                    above, equal = above + cute.arch.popc(better), equal + cute.arch.popc(same)
 
     @cute.jit
-    def compared(self, i, end, shift, prefix, room):
+    def write_those(self, out, entry, better, same, above, equal, need, lane):
+        """Of 32 entries, each lane its own; above and equal: how many come before them."""
+        below = Int32(cute.arch.lanemask_lt())
+        at, tied = above + cute.arch.popc(better & below), equal + cute.arch.popc(same & below)
+        chosen = (better >> lane) & 1
+        if tied < need:
+            chosen = chosen | ((same >> lane) & 1)
+        if chosen != 0:
+            out[at + cutlass.min(tied, need)] = Int64(entry)
+
+    @cute.jit
+    def compared(self, i, wanted, shift, prefix, room):
         """Which lanes have an entry above the threshold, and which one at it."""
         better, same = cutlass.Boolean(False), cutlass.Boolean(False)
-        if i < end:
+        if wanted:
             head = Uint32(room[i]) >> Uint32(shift)
             better, same = head > prefix, head == prefix
         return cute.arch.vote_ballot_sync(better), cute.arch.vote_ballot_sync(same)
@@ -536,35 +413,57 @@ def program(shape: Shape, config: Config):
     return Program(shape, config), arguments
 
 
+def used(shape: Shape, config: Config) -> int:
+    """Bytes of shared memory of a block that chooses."""
+    rings = config.scorers * config.stages * shape.stage + (16 * shape.tiles * shape.d if config.grouped else 0)
+    return 4 * Plan(config).words + (0 if config.apart else rings + 256)
+
+
 def configs(shape: Shape) -> Iterator[Config]:
-    deep = max(2, min(DEEPEST, RING // (SCORERS * shape.stage)))
-    usual, other = (0, deep) if shape.keys == "bf16" else (deep, 0)  # rings of bf16 have not been timed
-    for apart, warps, stages in ((False, SCORERS, 0), (True, 16, usual), (True, 32, usual), (True, 16, other)):
+    deep = {n: max(2, min(DEEPEST, RING // (n * shape.stage))) for n in (8, 16)}
+    if arch().startswith("sm_90"):
+        ways = [(False, 8, 8, True, 3), (False, 16, 16, True, 2)]
+        ways += [(True, 16, 8, True, deep[8]), (True, 16, 16, True, deep[16])]
+    else:
+        usual, other = (0, deep[8]) if shape.keys == "bf16" else (deep[8], 0)
+        ways = [
+            (False, 8, 8, False, 0),
+            *((True, warps, 8, False, usual) for warps in (16, 32)),
+            (True, 16, 8, False, other),
+        ]
+    for apart, warps, scorers, grouped, stages in ways:
         for blocks in (MOST_BLOCKS, 8, 4, 2, 1) if apart else (8, 4, 2, 1):
             for room in (2048, 8192, 40960):
-                if 4 * Plan(config := Config(blocks, room, warps, apart, stages)).words <= SHARED:
-                    yield config
+                with_ring, without = (Config(blocks, room, warps, apart, scorers, grouped, n) for n in (stages, 0))
+                if used(shape, with_ring) <= SHARED:
+                    yield with_ring
+                elif used(shape, without) <= SHARED:
+                    yield without
 
 
-READ = {"bf16": (7.2e-5, 7.2e-5), "fp8": (4.5e-5, 3.6e-5)}  # us for a key: one tile ahead, in rings
+READ = {"bf16": (6.9e-5, 6.9e-5), "fp8": (5.6e-5, 5.2e-5)}  # us for a key, by 8 and by 16 warps
+WAIT = {1: 0.0, 2: 1.2, 4: 1.4, 8: 1.6, MOST_BLOCKS: 2.1}  # us for each other, by blocks of a cluster
+ALONE = {1: 4.6, 2: 6.3, 4: 6.4, 8: 6.7}  # us of a cluster that scores, but for its scores
 
 
 def estimate(shape: Shape, config: Config, tokens: int, entries: int) -> float:
-    """Microseconds, fitted to timings on an H200: tiles of each block, where it scores itself; else a launch that reads all
-    keys, and blocks that go through their share of the scores. Clusters wait for each other, and many warps too."""
+    """Microseconds, fitted to timings on an H200: entries of each block, where it scores itself; else a launch that reads all
+    keys, and blocks that go through their share of the scores. Large clusters wait for room where all processors score."""
     share, size = -(-entries // config.blocks), shape.heads * shape.d / 8192
     usable = SMS if config.blocks < 4 else SMS * 7 // 8 // config.blocks * config.blocks
     if config.blocks == MOST_BLOCKS:  # few groups of processors have so many
         usable = 4 * MOST_BLOCKS
     if config.apart and config.blocks < MOST_BLOCKS:
-        usable *= max(1, min(32 // config.warps, SHARED // (4 * Plan(config).words)))
-    rounds = -(-tokens * config.blocks // usable)
+        usable *= max(1, min(32 // config.warps, SHARED // used(shape, config)))
+    rounds, more = -(-tokens * config.blocks // usable), config.scorers > 8
     if not config.apart:
-        return rounds * (7.7 + 0.107 * size * share / TILE)
-    wait = 3.0 if config.blocks == 1 else 5.0 if config.blocks < 8 else 5.3 + 0.3 * min(tokens, 8)
-    wait += (2.0 if config.warps > 16 else 0.0) + (0.7 if config.blocks == MOST_BLOCKS else 0.0)
-    each = 4.1e-4 if config.warps > 16 else 5.3e-4
-    return 3.2 + READ[shape.keys][config.stages > 0] * size * tokens * entries + rounds * (wait + each * share)
+        each = 6.7e-3 if not config.grouped else 5.2e-3 if more else 5.9e-3
+        return rounds * (ALONE[config.blocks] + each * size * share)
+    wait = WAIT[config.blocks]
+    if tokens > 1 and config.blocks > 1:
+        wait += 0.5 if tokens * entries < 1 << 16 else 1.5 if config.blocks < 8 else 3.5
+    read = READ[shape.keys][more] * size * tokens * entries + (0.7 if more else 0.0)
+    return 5.0 + 0.05 * min(tokens, 64) + read + rounds * (wait + (2.8e-4 if config.sparse else 4.5e-4) * share)
 
 
 def rank(shape: Shape, work: tuple[int, ...]) -> list[Config]:
@@ -594,5 +493,5 @@ def run(shape: Shape, config: Config, q, keys, scales, w, visible, cos, sin, out
     scores, width, tiles = None, 1, -(-keys.shape[1] // TILE)
     if config.apart:
         scores = out.new_empty(len(q), tiles * TILE // 2)
-        width = max(1, min(-(-tiles // SCORERS), SMS // len(q)))
+        width = max(1, min(-(-tiles // config.scorers), SMS // len(q)))
     KERNEL.launcher(shape, config)(q, keys, scales, w, visible, cos, sin, scores, out, T, width)
