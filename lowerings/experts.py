@@ -86,7 +86,7 @@ def _(a):
 
 
 def few_and_stored(a: Any) -> bool | str:
-    if (verdict := gemv.few(a.x, a.x.shape[0])) is not True:
+    if (verdict := gemv.few(a.x, a.x.shape[0], moe.times(a, a.k))) is not True:
         return verdict
     if a.logits.dtype != torch.float32 or (a.bias is not None and a.bias.dtype != torch.float32):
         return "logits and bias must be float32"

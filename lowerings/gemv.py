@@ -15,7 +15,8 @@ from dsv4_compile.op import Tensor, alike, compact, few_tokens, known
 if TYPE_CHECKING:
     from dsv4_compile.kernels.gemv import Shape
 
-ROWS = 8  # of one launch; beyond them, other kernels use the processors better
+ROWS = 8  # of one launch
+TURNS = 8  # launches after each other at most: beyond them it is no longer reading that bounds a product
 ALIGNED = {"bf16": 8, "fp32": 8, "fp8": 16, "mxfp4": 32, "nvfp4": 32}  # columns of a row's loads
 
 
@@ -50,12 +51,25 @@ def streams(weight: Tensor, scale: Tensor | None, scale_2: Tensor | None) -> boo
     return True
 
 
-def few(x: Tensor, rows: Any) -> bool | str:
-    """Whether the vectors suit the kernels."""
+def few(x: Tensor, rows: Any, again: int = 1) -> bool | str:
+    """Whether the vectors suit the kernels. again: how many launches, each of which reads the weights, take no longer than what
+    is done otherwise; see `times`."""
     if x.dtype not in DTYPES:
         return f"vectors of {x.dtype}: the kernels take bfloat16 and float32"
-    most = few_tokens()
+    most = few_tokens() * (1 if alike() else min(again, TURNS))
     return known(rows <= most) or f"more than {most} rows, or a number that is not known"
+
+
+def times(*parts: tuple[Tensor, Tensor | None, bool]) -> int:
+    """How often weights can be read in the time in which others make what a product of PyTorch's takes, and read that: bf16 of
+    stored numbers, fp32 for wide results. parts: weight, scale, whether the result is wide."""
+    ours = others = 0.0
+    for weight, scale, wide in parts:
+        stored, bytes_ = weight.numel() * weight.dtype.itemsize, 4 if wide else 2
+        as_is = scale is None and weight.dtype.itemsize >= bytes_
+        ours += stored
+        others += stored if as_is else stored + 2 * bytes_ * weight.numel() * (1 + (weight.dtype == torch.uint8))
+    return max(1, int(others / max(1.0, ours)))
 
 
 def words(weight: Tensor) -> Tensor:
@@ -83,7 +97,7 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor | None, scale_2: Tensor | 
     e8m0 = scale is None or scale.dtype != torch.float32
     shape = Shape(M, G, R, K, format, e8m0, DTYPES[x.dtype], DTYPES[out])
     stored = words(weight), flat(scale), None if scale_2 is None else scale_2.view(1)
-    for first, m in turns(M, rows_at_once(replace(shape, M=ROWS) if alike() else shape, alike())):
+    for first, m in turns(M, rows_at_once(replace(shape, M=ROWS if alike() else min(M, ROWS)), alike())):
         lies_apart = G > 1 and m < M
         given, rows = (t.narrow(1, first, m) if lies_apart else some(t, first, m, 1) for t in (x, y))
         made = y.new_empty(G, m, R) if lies_apart else rows
@@ -95,8 +109,13 @@ def multiply(x: Tensor, weight: Tensor, scale: Tensor | None, scale_2: Tensor | 
 
 
 def turns(count: int, at_once: int) -> Iterator[tuple[int, int]]:
-    """Tokens, so many in a launch: the first, and how many."""
-    return ((first, min(at_once, count - first)) for first in range(0, count, at_once))
+    """Tokens, so many in a launch: the first, and how many. Where results may depend on how many, all launches have as many, so
+    that they do not depend on the place: the last one computes some again, and writes the same."""
+    for first in range(0, count, at_once):
+        if alike() or count < at_once:
+            yield first, min(at_once, count - first)
+        else:
+            yield min(first, count - at_once), at_once
 
 
 def some(x: Tensor, first: int, count: int, axis: int = 0) -> Tensor:
@@ -107,10 +126,10 @@ def some(x: Tensor, first: int, count: int, axis: int = 0) -> Tensor:
 
 
 def at_once(count: int, runs: Callable[[int], bool]) -> int:
-    """How many of so many tokens a launch takes: all, or none if `runs` says that so many do not fit. Where results must not
-    depend on their number, as many as fit, in all cases."""
+    """How many of so many tokens a launch takes: all, or ROWS of more, or none if `runs` says that so many do not fit. Where
+    results must not depend on their number, as many as fit, in all cases."""
     if not alike():
-        return count if runs(count) else 0
+        return min(count, ROWS) if runs(min(count, ROWS)) else 0
     return next((n for n in range(ROWS, 0, -1) if runs(n)), 0)
 
 

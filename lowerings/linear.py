@@ -47,7 +47,7 @@ def _(x, weight, scale, scale_2):
 
 
 def few_and_stored(a: Any, rows: Any) -> bool | str:
-    verdict = gemv.few(a.x, rows)
+    verdict = gemv.few(a.x, rows, gemv.times((a.weight, a.scale, False)))
     return gemv.streams(a.weight, a.scale, a.scale_2) if verdict is True else verdict
 
 
@@ -140,7 +140,7 @@ def _(a):
 
 
 def few_and_plain(a: Any) -> bool | str:
-    verdict = gemv.few(a.x, a.x.shape[0])
+    verdict = gemv.few(a.x, a.x.shape[0], gemv.times((a.weight, None, True)))
     return gemv.streams(a.weight, None, None) if verdict is True else verdict
 
 

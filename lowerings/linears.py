@@ -65,9 +65,10 @@ def of(count: int, normed: bool) -> Op:
         return dict(M=M, K=K, rows=sum(e["N"] for e in each), stored=bytes_, written=written)
 
     def streamed(a: Any) -> bool | str:
-        if (verdict := gemv.few(a.x, a.x.shape[0])) is not True:
-            return verdict
         pairs = [(getattr(a, w), getattr(a, s)) for w, s in zip(weights, scales, strict=True)]
+        again = gemv.times(*((w, s, is_wide(vars(a), i)) for i, (w, s) in enumerate(pairs)))
+        if (verdict := gemv.few(a.x, a.x.shape[0], again)) is not True:
+            return verdict
         for w, s in pairs:
             if (verdict := gemv.streams(w, s, None)) is not True:
                 return verdict

@@ -88,12 +88,19 @@ def sizes(a: Any, k: int) -> dict[str, Any]:
 
 
 def few_and_streamed(a: Any) -> bool | str:
-    verdict = gemv.few(a.x, a.x.shape[0])
+    verdict = gemv.few(a.x, a.x.shape[0], times(a, a.expert.shape[-1]))
     if verdict is not True:
         return verdict
     if a.expert.dtype != torch.int64 or a.gate.dtype not in DTYPES:
         return f"choices of {a.expert.dtype} with gates of {a.gate.dtype}"
     return stored_alike((a.w1, a.s1, a.t1), (a.w3, a.s3, a.t3), (a.w2, a.s2, a.t2))
+
+
+def times(a: Any, k: int) -> int:
+    """How many launches of `gemv.ROWS` tokens, each of which reads their choices, take no longer than all matrices, dequantised
+    if they have to be, once."""
+    read = min(a.w1.shape[0], gemv.ROWS * k)
+    return max(1, gemv.times((a.w1, a.s1, False)) * a.w1.shape[0] // max(1, read))
 
 
 def stored_alike(*matrices: "Stored") -> bool | str:

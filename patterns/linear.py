@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from dsv4_compile.lowerings.dequantize import dequantize
-from dsv4_compile.lowerings.gemv import few_tokens
+from dsv4_compile.lowerings.gemv import TURNS, alike, few_tokens, times
 from dsv4_compile.lowerings.linear import grouped_linear, linear, linear_wide
 from dsv4_compile.match import Found, Made, T, finder, head, is_cast, known, rule, shape, value
 
@@ -62,12 +62,14 @@ def grouped(stored: Node) -> Found | str | None:
 @finder(linear_wide, name="fuse.linear", anchor="mm")
 def wide(mm: Node) -> Found | str | None:
     """Both sides are copies in fp32 of narrower numbers."""
-    found = plain_sides(mm)
+    found = plain_sides(mm, TURNS)
     if found is None:
         return None
     x, weight = found
     narrow = narrower(x)
     if not all(value(n).dtype.itemsize < value(mm).dtype.itemsize for n in (narrow, weight)):
+        return None
+    if not few_on_gpu(x, 0, times((value(weight), None, True))):
         return None
     sizes = tuple(shape(x))
     return Found({"x": Made(lambda x: x.reshape(sizes), (narrow,)), "weight": weight}, [mm], [mm])
@@ -96,10 +98,10 @@ def grouped_plain(bmm: Node) -> Found | str | None:
     return Found({"x": x, "weight": weight}, [bmm], [bmm]) if blocks and straight else None
 
 
-def plain_sides(mm: Node) -> tuple[Any, Node] | None:
+def plain_sides(mm: Node, again: int = 1) -> tuple[Any, Node] | None:
     """x and weight [N, K], if this is a product of few rows with a weight."""
     x, w = mm.args
-    if not few_on_gpu(x, 0):
+    if not few_on_gpu(x, 0, again):
         return None
     weight = source(w)
     if weight is None or len(shape(weight)) != 2:
@@ -111,10 +113,10 @@ def plain_sides(mm: Node) -> tuple[Any, Node] | None:
     return (x, weight) if turned else None
 
 
-def few_on_gpu(x: Any, axis: int) -> bool:
-    return value(x).device.type != "cpu" and known(
-        shape(x)[axis] <= few_tokens()
-    )  # on meta tensors, as it would be on a GPU
+def few_on_gpu(x: Any, axis: int, again: int = 1) -> bool:
+    """again: see `gemv.few`."""
+    most = few_tokens() * (1 if alike() else min(again, TURNS))
+    return value(x).device.type != "cpu" and known(shape(x)[axis] <= most)  # on meta tensors, as it would be on a GPU
 
 
 def source(w: Any) -> Node | None:

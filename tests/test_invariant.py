@@ -153,7 +153,26 @@ def test_products_are_taken_by_eights(alike):
     assert list(products.turns(19, 8)) == [(0, 8), (8, 8), (16, 3)] and products.few(torch.zeros(1), 64) is True
     alike(False)
     assert products.at_once(5, lambda n: n <= 8) == 5 and products.at_once(5, lambda n: n < 5) == 0
-    assert products.few(torch.zeros(1), 9) is not True
+    assert products.at_once(30, lambda n: n <= 8) == 8 and products.at_once(30, lambda n: n < 8) == 0
+    assert products.few(torch.zeros(1), 9) is not True and products.few(torch.zeros(1), 64, 9) is True
+    assert products.few(torch.zeros(1), 65, 9) is not True
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(0, []), (5, [(0, 5)]), (8, [(0, 8)]), (19, [(0, 8), (8, 8), (11, 8)])]
+)
+def test_launches_of_one_call_take_as_many_tokens(count, expected, alike):
+    """Each place in the batch has the same products, or its bits would depend on it: the last one computes some again."""
+    alike(False)
+    assert list(products.turns(count, 8)) == expected
+
+
+def test_stored_weights_are_read_as_often_as_is_worth_it():
+    bf16_, fp8 = (torch.empty(64, 256, dtype=t) for t in (torch.bfloat16, torch.float8_e4m3fn))
+    mxfp4, scale = torch.empty(64, 128, dtype=torch.uint8), torch.empty(1)
+    assert products.times((bf16_, None, False)) == 1 and products.times((bf16_.float(), None, True)) == 1
+    assert [products.times(x) for x in ((bf16_, None, True), (fp8, scale, False), (mxfp4, scale, False))] == [5, 5, 9]
+    assert products.times((fp8, scale, False), (bf16_, None, False)) == 2
 
 
 def test_many_vectors_are_launches_of_one_division(alike, hopper):

@@ -225,11 +225,13 @@ def projected(x, weight, wide, blocks):
     return y, scores, groups
 
 
-@pytest.mark.parametrize("tokens", [1, FEW, FEW + 1])
+@pytest.mark.parametrize("tokens", [1, FEW, FEW + 1, 5 * FEW, 5 * FEW + 1])
 def test_plain_weights_are_sites_on_a_gpu_for_few_rows(tokens):
+    """PyTorch's own way to a wide result writes and reads wide copies of the weights: five times the bytes."""
     args = [torch.empty(s, dtype=torch.bfloat16) for s in ((1, tokens, 64), (40, 64), (24, 64), (20, 16))]
     found = raised_on_a_gpu(projected, *args)
-    assert found == ({"linear": 1, "grouped_linear": 1, "linear_wide": 1} if tokens <= FEW else {})
+    narrow = {"linear": 1, "grouped_linear": 1} if tokens <= FEW else {}
+    assert found == narrow | ({"linear_wide": 1} if tokens <= 5 * FEW else {})
 
 
 def test_products_of_two_computed_sides_are_none():
