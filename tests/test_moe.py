@@ -1,6 +1,7 @@
 """Routed experts: the op against the formula, the CPU implementation against the op, and all forms of the model."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4_compile.lowerings.grouped_mm import grouped_mm
-from dsv4_compile.lowerings.moe import moe
+from dsv4_compile.lowerings.moe import few_and_streamed, moe
 from dsv4_compile.reference_model import DSV4Config, quant
 from dsv4_compile.reference_model.model import Experts, MoE
 
@@ -83,6 +84,20 @@ def worth_it(N: int, format: str) -> bool:
     args = case(N=N, dtype=torch.float32, D=128, I=128, format=format)
     names = dict(zip(moe.signature.parameters, args, strict=True))
     return moe.claim(names, if_worth=True)[0] is not None
+
+
+@pytest.mark.parametrize(
+    ("format", "k", "most"), [("none", 6, 40), ("none", 40, 8), ("mxfp4", 6, 64), ("mxfp4", 32, 64)]
+)
+def test_kernels_on_a_gpu_take_tokens_as_long_as_that_reads_less(format, k, most):
+    """256 experts: eight tokens read those of their choices; else all are read, or dequantised."""
+
+    def verdict(N):
+        args = case(N=N, k=k, X=256, D=64, I=32, dtype=torch.bfloat16, format=format)
+        return few_and_streamed(SimpleNamespace(**moe.arguments(*args)))
+
+    assert verdict(1) is True and verdict(most) is True
+    assert f"more than {most} rows" in verdict(most + 1)
 
 
 def test_plain_matrices_of_few_choices_are_left_to_inductor():
