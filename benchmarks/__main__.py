@@ -191,10 +191,18 @@ def compile_share(ask: argparse.Namespace, device: torch.device) -> None:
         if i % n != k:
             continue
         torch._dynamo.reset()
-        args = inputs_of(case)
-        if sum(a.numel() * a.element_size() for a in args if isinstance(a, torch.Tensor)) <= LARGEST:
-            for call in arms_of(case, args, [a for a in ask.arms if a in ("inductor", "ours")]).values():
-                call(*args)
+        args: Inputs = ()
+        try:
+            args = inputs_of(case)
+            if sum(a.numel() * a.element_size() for a in args if isinstance(a, torch.Tensor)) <= LARGEST:
+                for call in arms_of(case, args, [a for a in ask.arms if a in ("inductor", "ours")]).values():
+                    call(*args)
+        except torch.OutOfMemoryError as error:  # others compile beside this process; it is measured alone
+            print(f"{case.what} is not compiled ahead: {error}", flush=True)
+        finally:
+            del args
+            if on_gpu():
+                torch.cuda.empty_cache()
 
 
 def commit() -> str:
@@ -234,6 +242,17 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
     left: list[str] = []
+    absent = [f"{name}: {why}" for name, why in ABSENT.items()]
+
+    def slower() -> list[str]:
+        return [f"{r['model']}, {r['what']}, {r['B']}x{r['T']}" for r in rows if loses(r)]
+
+    def write() -> None:  # after each call, as a run may be stopped
+        if ask.json:
+            about = dict(machine=machine, ceilings=limits.as_dict(), rows=rows, slower=slower())
+            about |= dict(failed=failed, left=left, absent=absent)
+            ask.json.write_text(json.dumps(about, indent=1) + "\n")
+
     for model, B, T, case in cells(ask, device):
         name = f"{model}, {case.what}, {B}x{T}"
         if perf_counter() - start > ask.budget:
@@ -248,23 +267,12 @@ def main(arguments: list[str] | None = None) -> int:
             if on_gpu():
                 torch.cuda.empty_cache()
         print(name, {a: round(t, 2) for a, t in rows[-1]["us"].items()}, flush=True)
+        write()
     there = [a for a in ask.arms if a not in PEERS or any(a in r["us"] for r in rows)]
     Console(width=200).print(table(rows, there))
-    slower = [f"{r['model']}, {r['what']}, {r['B']}x{r['T']}" for r in rows if loses(r)]
-    absent = [f"{name}: {why}" for name, why in ABSENT.items()]
-    for what, names in (("ours loses", slower), ("failed", failed), ("no time was left", left), ("not here", absent)):
+    for what, names in (("ours loses", slower()), ("failed", failed), ("no time was left", left), ("not here", absent)):
         print(f"{what}: {len(names)}", *names, sep="\n  ")
-    if ask.json:
-        about = dict(
-            machine=machine,
-            ceilings=limits.as_dict(),
-            rows=rows,
-            slower=slower,
-            failed=failed,
-            left=left,
-            absent=absent,
-        )
-        ask.json.write_text(json.dumps(about, indent=1) + "\n")
+    write()
     if ask.picture:
         from benchmarks.picture import roofline
 
