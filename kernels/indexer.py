@@ -18,7 +18,7 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32, const_expr
 
 from dsv4_compile.kernel import Kernel, arch, by_twos, fake, rounded, stream
 from dsv4_compile.kernels import warps as of_warp
-from dsv4_compile.kernels.indexer_scores import TILE, Scores, Shape, sortable
+from dsv4_compile.kernels.indexer_scores import TILE, Scores, Shape, rooms, sortable
 
 BINS = 2048
 DIGITS = ((21, BINS), (10, BINS), (0, 1024))  # of a score: where each starts, and how many values it has
@@ -320,20 +320,8 @@ class Program(Scores):
         """In order: each warp starts behind the chosen ones of the warps and blocks before it."""
         plan = self.plan
         warp, lane = cute.arch.make_warp_uniform(thread // 32), thread % 32
-        begin, end = self.part(mine, thread)
-        above, equal = Int32(0), Int32(0)
-        if const_expr(self.marks == 0):
-            for i in cutlass.range(begin, end, 32, unroll=AHEAD):
-                better, same = self.compared(i + lane, i + lane < end, shift, prefix, room)
-                above, equal = above + cute.arch.popc(better), equal + cute.arch.popc(same)
-        else:
-            for m in cutlass.range_constexpr(self.marks):
-                groups = self.left(masks[m])
-                while groups != 0:
-                    g, groups = self.lowest(groups)
-                    i, is_left = begin + m * 1024 + 32 * g + lane, self.is_left(masks[m], g, thread)
-                    better, same = self.compared(i, is_left, shift, prefix, room)
-                    above, equal = above + cute.arch.popc(better), equal + cute.arch.popc(same)
+        none = Int32(0)
+        above, equal = self.through(None, none, none, first, mine, shift, prefix, need, masks, room, thread)
         if lane == 0:
             room[plan.totals + 2 * warp] = above
             room[plan.totals + 2 * warp + 1] = equal
@@ -353,31 +341,42 @@ class Program(Scores):
             for b in cutlass.range_constexpr(self.blocks):
                 of_above, of_equal = room[plan.before + 2 * b], room[plan.before + 2 * b + 1]
                 above, equal = above + (of_above if b < rank else 0), equal + (of_equal if b < rank else 0)
+        self.through(out, above, equal, first, mine, shift, prefix, need, masks, room, thread)
+
+    @cute.jit
+    def through(self, out, above, equal, first, mine, shift, prefix, need, masks, room, thread):
+        """A warp's entries in order: how many are above the threshold and at it, with those before them, `above` and `equal`.
+        out: where the chosen ones go, or None."""
+        begin, end = self.part(mine, thread)
+        lane = thread % 32
         if const_expr(self.marks == 0):
             for i in cutlass.range(begin, end, 32, unroll=AHEAD):
-                better, same = self.compared(i + lane, i + lane < end, shift, prefix, room)
-                self.write_those(out, first + i + lane, better, same, above, equal, need, lane)
-                above, equal = above + cute.arch.popc(better), equal + cute.arch.popc(same)
+                wanted = i + lane < end
+                above, equal = self.of_32(
+                    out, i + lane, first + i + lane, wanted, above, equal, shift, prefix, need, room, lane
+                )
         else:
             for m in cutlass.range_constexpr(self.marks):
                 groups = self.left(masks[m])
                 while groups != 0:
                     g, groups = self.lowest(groups)
-                    i, is_left = begin + m * 1024 + 32 * g + lane, self.is_left(masks[m], g, thread)
-                    better, same = self.compared(i, is_left, shift, prefix, room)
-                    self.write_those(out, first + i, better, same, above, equal, need, lane)
-                    above, equal = above + cute.arch.popc(better), equal + cute.arch.popc(same)
+                    i, wanted = begin + m * 1024 + 32 * g + lane, self.is_left(masks[m], g, thread)
+                    above, equal = self.of_32(out, i, first + i, wanted, above, equal, shift, prefix, need, room, lane)
+        return above, equal
 
     @cute.jit
-    def write_those(self, out, entry, better, same, above, equal, need, lane):
-        """Of 32 entries, each lane its own; above and equal: how many come before them."""
-        below = Int32(cute.arch.lanemask_lt())
-        at, tied = above + cute.arch.popc(better & below), equal + cute.arch.popc(same & below)
-        chosen = (better >> lane) & 1
-        if tied < need:
-            chosen = chosen | ((same >> lane) & 1)
-        if chosen != 0:
-            out[at + cutlass.min(tied, need)] = Int64(entry)
+    def of_32(self, out, i, entry, wanted, above, equal, shift, prefix, need, room, lane):
+        """The same of 32 entries, of which a lane has the one at `i`, if it is wanted, which is `entry` of all."""
+        better, same = self.compared(i, wanted, shift, prefix, room)
+        if const_expr(out is not None):
+            below = Int32(cute.arch.lanemask_lt())
+            at, tied = above + cute.arch.popc(better & below), equal + cute.arch.popc(same & below)
+            chosen = (better >> lane) & 1
+            if tied < need:
+                chosen = chosen | ((same >> lane) & 1)
+            if chosen != 0:
+                out[at + cutlass.min(tied, need)] = Int64(entry)
+        return above + cute.arch.popc(better), equal + cute.arch.popc(same)
 
     @cute.jit
     def compared(self, i, wanted, shift, prefix, room):
@@ -415,8 +414,8 @@ def program(shape: Shape, config: Config):
 
 def used(shape: Shape, config: Config) -> int:
     """Bytes of shared memory of a block that chooses."""
-    rings = config.scorers * config.stages * shape.stage + (16 * shape.tiles * shape.d if config.grouped else 0)
-    return 4 * Plan(config).words + (0 if config.apart else rings + 256)
+    scoring = 0 if config.apart else sum(rooms(shape, config.scorers, config.stages, config.grouped)) + 256
+    return 4 * Plan(config).words + scoring
 
 
 def configs(shape: Shape) -> Iterator[Config]:

@@ -22,7 +22,7 @@ from dsv4_compile.kernels.parts import PARTS, SECOND, larger, pointed, split
 TILE = 16  # entries of a warp's product
 TOGETHER = 4  # warps of a warpgroup
 E4M3 = stored.Format("fp8")
-LIFT = stored.Format("fp8").lift  # of queries
+LIFT = E4M3.lift  # of queries
 LIFTS = (127 + 48) * 0x800080  # a pair of it in bf16
 
 
@@ -54,6 +54,11 @@ class Shape:
         return -(-self.heads // 8)
 
 
+def rooms(shape: Shape, scorers: int, stages: int, grouped: bool) -> tuple[int, int]:
+    """Bytes of the queries and of the rings that so many warps have in shared memory."""
+    return 16 * shape.tiles * shape.d if grouped else 0, scorers * stages * shape.stage
+
+
 def load_pair(address):
     """From shared memory, each time anew: registers that would keep the numbers are needed."""
     return cute.arch.inline_ptx(
@@ -81,6 +86,7 @@ class Scores:
         self.codes = self.scaled and grouped  # whether keys are multiplied as they are
         self.wide = self.tiles * (PARTS if self.codes else 1)  # columns of the queries as a right operand, by 8
         self.turns_of_warps = -(-self.tiles // scorers)  # until all heads are in shared memory
+        self.rooms = rooms(shape, scorers, stages, grouped)
         self.back = 1.0 if self.codes else 1 / (E4M3.unit * LIFT)
 
     def seen(self, visible, keys, token):
@@ -89,13 +95,10 @@ class Scores:
 
     def allocate(self, smem):
         """Addresses of the queries and of the rings."""
-        queries = rings = Int32(0)
-        if self.grouped:
-            queries = smem.allocate_tensor(Int32, cute.make_layout((self.tiles * 4 * self.d,)), 128).iterator.toint()
-        if self.stages > 0:
-            words = self.scorers * self.stages * self.stage // 4
-            rings = smem.allocate_tensor(Int32, cute.make_layout((words,)), 128).iterator.toint()
-        return queries, rings
+        return tuple(
+            smem.allocate_tensor(Int32, cute.make_layout((size // 4,)), 128).iterator.toint() if size > 0 else Int32(0)
+            for size in self.rooms
+        )
 
     @cute.jit
     def score(self, q, keys, scales, w, cos, sin, weights, room, token, T, first, last, step, target, skip):
