@@ -30,7 +30,7 @@ from rich.table import Table
 from benchmarks.cases import Case, Cases, Inputs, bf16
 from benchmarks.ops import plain
 from benchmarks.peers import ABSENT, PEERS
-from benchmarks.timing import Ceilings, ceilings, launches, microseconds, on_gpu, rotated
+from benchmarks.timing import Ceilings, ceilings, launches, microseconds, on_gpu, rotated, size
 from dsv4_compile.op import Op
 from dsv4_compile.reference_model import DSV4Config
 
@@ -190,19 +190,20 @@ def compile_share(ask: argparse.Namespace, device: torch.device) -> None:
     for i, (_, _, _, case) in enumerate(cells(ask, device)):
         if i % n != k:
             continue
-        torch._dynamo.reset()
-        args: Inputs = ()
         try:
-            args = inputs_of(case)
-            if sum(a.numel() * a.element_size() for a in args if isinstance(a, torch.Tensor)) <= LARGEST:
-                for call in arms_of(case, args, [a for a in ask.arms if a in ("inductor", "ours")]).values():
-                    call(*args)
+            compile_arms(case, [a for a in ask.arms if a in ("inductor", "ours")])
         except torch.OutOfMemoryError as error:  # others compile beside this process; it is measured alone
             print(f"{case.what} is not compiled ahead: {error}", flush=True)
-        finally:
-            del args
-            if on_gpu():
-                torch.cuda.empty_cache()
+        if on_gpu():
+            torch.cuda.empty_cache()
+
+
+def compile_arms(case: Case, names: list[str]) -> None:
+    torch._dynamo.reset()
+    args = inputs_of(case)
+    if size(args) <= LARGEST:
+        for call in arms_of(case, args, names).values():
+            call(*args)
 
 
 def commit() -> str:

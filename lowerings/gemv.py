@@ -51,12 +51,17 @@ def streams(weight: Tensor, scale: Tensor | None, scale_2: Tensor | None) -> boo
     return True
 
 
+def most_rows(again: int = 1) -> int:
+    """How many vectors are few. again: how many launches, each of which reads the weights, take no longer than what is done
+    otherwise; see `times`."""
+    return few_tokens() * (1 if alike() else min(again, TURNS))
+
+
 def few(x: Tensor, rows: Any, again: int = 1) -> bool | str:
-    """Whether the vectors suit the kernels. again: how many launches, each of which reads the weights, take no longer than what
-    is done otherwise; see `times`."""
+    """Whether the vectors suit the kernels. again: see `most_rows`."""
     if x.dtype not in DTYPES:
         return f"vectors of {x.dtype}: the kernels take bfloat16 and float32"
-    most = few_tokens() * (1 if alike() else min(again, TURNS))
+    most = most_rows(again)
     return known(rows <= most) or f"more than {most} rows, or a number that is not known"
 
 

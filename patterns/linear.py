@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from dsv4_compile.lowerings.dequantize import dequantize
-from dsv4_compile.lowerings.gemv import TURNS, alike, few_tokens, times
+from dsv4_compile.lowerings.gemv import most_rows, times
 from dsv4_compile.lowerings.linear import grouped_linear, linear, linear_wide
 from dsv4_compile.match import Found, Made, T, finder, head, is_cast, known, rule, shape, value
 
@@ -62,14 +62,12 @@ def grouped(stored: Node) -> Found | str | None:
 @finder(linear_wide, name="fuse.linear", anchor="mm")
 def wide(mm: Node) -> Found | str | None:
     """Both sides are copies in fp32 of narrower numbers."""
-    found = plain_sides(mm, TURNS)
+    found = plain_sides(mm, wide=True)
     if found is None:
         return None
     x, weight = found
     narrow = narrower(x)
     if not all(value(n).dtype.itemsize < value(mm).dtype.itemsize for n in (narrow, weight)):
-        return None
-    if not few_on_gpu(x, 0, times((value(weight), None, True))):
         return None
     sizes = tuple(shape(x))
     return Found({"x": Made(lambda x: x.reshape(sizes), (narrow,)), "weight": weight}, [mm], [mm])
@@ -98,13 +96,13 @@ def grouped_plain(bmm: Node) -> Found | str | None:
     return Found({"x": x, "weight": weight}, [bmm], [bmm]) if blocks and straight else None
 
 
-def plain_sides(mm: Node, again: int = 1) -> tuple[Any, Node] | None:
-    """x and weight [N, K], if this is a product of few rows with a weight."""
+def plain_sides(mm: Node, wide: bool = False) -> tuple[Any, Node] | None:
+    """x and weight [N, K], if this is a product of few rows with a weight. wide: of whose numbers others make fp32 first."""
     x, w = mm.args
-    if not few_on_gpu(x, 0, again):
-        return None
-    weight = source(w)
+    weight = source(w) if on_gpu(x) else None
     if weight is None or len(shape(weight)) != 2:
+        return None
+    if not few_on_gpu(x, 0, times((value(weight), None, True)) if wide else 1):
         return None
     (K, N), (rows, columns) = shape(w), shape(weight)
     if value(weight).dtype.itemsize > value(narrower(x)).dtype.itemsize:
@@ -114,9 +112,13 @@ def plain_sides(mm: Node, again: int = 1) -> tuple[Any, Node] | None:
 
 
 def few_on_gpu(x: Any, axis: int, again: int = 1) -> bool:
-    """again: see `gemv.few`."""
-    most = few_tokens() * (1 if alike() else min(again, TURNS))
-    return value(x).device.type != "cpu" and known(shape(x)[axis] <= most)  # on meta tensors, as it would be on a GPU
+    """again: see `gemv.most_rows`."""
+    return on_gpu(x) and known(shape(x)[axis] <= most_rows(again))
+
+
+def on_gpu(x: Any) -> bool:
+    """On meta tensors, as it would be on a GPU."""
+    return value(x).device.type != "cpu"
 
 
 def source(w: Any) -> Node | None:
