@@ -14,7 +14,7 @@ import torch
 from dsv4_compile.lowerings import gemv
 from dsv4_compile.lowerings.linear import linear, linear_wide, sizes_of
 from dsv4_compile.lowerings.norm import DTYPES, rms_norm
-from dsv4_compile.op import Cost, Op, Tensor, alike, op
+from dsv4_compile.op import Cost, Op, Tensor, alike, compact, op
 
 MOST = 7  # of one launch: all that read what comes into attention with an indexer
 
@@ -97,7 +97,7 @@ def of(count: int, normed: bool) -> Op:
         ys = tuple(x.new_empty(len(x), len(w), dtype=dtype) for w, dtype in zip(ws, item, strict=True))
         words = tuple(gemv.words(ws[i]) for i in order)
         scales = tuple(gemv.flat(ss[i]) for i in order if ss[i] is not None) or None
-        x = x.contiguous()
+        x = compact(x)
         for first, m in gemv.turns(len(x), at_once(shape, len(x))):
             early, here = int(gemv.settled(ys, *ws, *ss)), of_vectors(shape, m)
             rows, *outs = (gemv.some(t, first, m) for t in (x, *(ys[i] for i in order)))

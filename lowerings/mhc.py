@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from dsv4_compile.lowerings import native
 from dsv4_compile.lowerings.norm import DTYPES
 from dsv4_compile.lowerings.sinkhorn import balanced, sinkhorn
-from dsv4_compile.op import Cost, Tensor, acc, alike, few_tokens, left_to_inductor, op
+from dsv4_compile.op import Cost, Tensor, acc, alike, compact, few_tokens, left_to_inductor, op
 
 FEW, SMALL = 16, 1 << 16  # few tokens, or coefficients that stay in a cache: one loop in C++ beats calls of PyTorch
 
@@ -96,7 +96,7 @@ def streams_of(X: Tensor, iters: int):
     from dsv4_compile.kernels.mhc import Shape
 
     n, D = X.shape[-2:]
-    return X.reshape(-1, n * D).contiguous(), Shape(n, D, DTYPES[X.dtype], iters)
+    return compact(X.reshape(-1, n * D)), Shape(n, D, DTYPES[X.dtype], iters)
 
 
 def collapsed_by_kernel(X, fn, base, scale, iters, eps, rms_eps, post, comb):
@@ -107,7 +107,7 @@ def collapsed_by_kernel(X, fn, base, scale, iters, eps, rms_eps, post, comb):
     x = X.new_empty(len(flat), shape.D)
     if len(flat):
         partial = torch.empty(len(flat), *workspace(shape), dtype=torch.float32, device=X.device)
-        exact = (t.contiguous() for t in (fn, base, scale))
+        exact = map(compact, (fn, base, scale))
         launch_pre(shape, flat, *exact, eps, rms_eps, partial, x, post, comb)
     return x.view(*X.shape[:-2], shape.D)
 
@@ -161,7 +161,7 @@ def _(X, y, post, comb):
     flat, shape = streams_of(X, 1)
     out = torch.empty_like(flat)
     if len(flat):
-        rows = (t.contiguous() for t in (y.reshape(-1, D), post.reshape(-1, n), comb.reshape(-1, n, n)))
+        rows = map(compact, (y.reshape(-1, D), post.reshape(-1, n), comb.reshape(-1, n, n)))
         launch_post(shape, flat, *rows, out)
     return out.view(X.shape)
 

@@ -7,7 +7,7 @@ import torch
 from dsv4_compile.lowerings.gemv import settled
 from dsv4_compile.lowerings.mhc import fits_post, mhc_post, mhc_pre
 from dsv4_compile.lowerings.norm import DTYPES, rms_norm
-from dsv4_compile.op import Cost, Tensor, known, op
+from dsv4_compile.op import Cost, Tensor, compact, known, op
 
 WIDEST = 16 * 512 * 4  # numbers in all streams of a token: blocks of a cluster, their threads, the vector of each
 
@@ -106,16 +106,16 @@ def in_one_launch(X, fn, base, scale, weight, iters, eps, rms_eps, norm_eps, bef
     from dsv4_compile.kernels.mhc_boundary import Shape, launch
 
     *lead, n, D = X.shape
-    flat = X.reshape(-1, n * D).contiguous()
-    taken = (None, None, None)
+    flat = compact(X.reshape(-1, n * D))
+    taken: tuple[Tensor | None, ...] = (None, None, None)
     if before is not None:
         y, post, comb = before
-        taken = tuple(t.contiguous() for t in (y.reshape(-1, D), post.reshape(-1, n), comb.reshape(-1, n, n)))
+        taken = tuple(map(compact, (y.reshape(-1, D), post.reshape(-1, n), comb.reshape(-1, n, n))))
     streams = None if before is None else torch.empty_like(flat)
     x = X.new_empty(len(flat), D)
     post, comb = (X.new_empty(len(flat), *s, dtype=torch.float32) if iters else None for s in ((n,), (n, n)))
     if len(flat):
-        weights = [None if t is None else t.contiguous() for t in (fn, base, scale, weight)]
+        weights = [None if t is None else compact(t) for t in (fn, base, scale, weight)]
         of_norm = "none" if weight is None else DTYPES[weight.dtype]
         shape = Shape(n, D, DTYPES[X.dtype], iters, before is not None, of_norm, settled(x, *weights))
         launch(shape, flat, *taken, *weights, eps, rms_eps, norm_eps, streams, x, post, comb)

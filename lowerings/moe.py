@@ -12,7 +12,7 @@ from dsv4_compile.lowerings.dequantize import dequantize, dequantized
 from dsv4_compile.lowerings.grouped_mm import grouped_mm
 from dsv4_compile.lowerings.norm import DTYPES
 from dsv4_compile.lowerings.pointwise import swiglu
-from dsv4_compile.op import Cost, Tensor, acc, alike, hinted, known, op
+from dsv4_compile.op import Cost, Tensor, acc, alike, compact, hinted, known, op
 
 
 @op("dsv4::moe")
@@ -124,7 +124,7 @@ def _(x, expert, gate, w1, w3, w2, limit, s1, s3, s2, t1, t3, t2):
     shape = Shape(N, k, X, D, I, format, s1 is None or s1.dtype != torch.float32, DTYPES[x.dtype])
     h, y = x.new_empty(N, k, I), x.new_empty(N, D, dtype=torch.float32)
     stored = [gemv.words(w) for w in (w1, w3, w2)] + [gemv.flat(s) for s in (s1, s3, s2)] + [t1, t3, t2]
-    rows = x.contiguous(), expert.contiguous(), gate.float().contiguous()
+    rows = compact(x), compact(expert), compact(gate.float())
     for first, n in gemv.turns(N, gemv.ROWS):
         gemv.settled(y)
         *given, hidden, out = (gemv.some(t, first, n) for t in (*rows, h, y))

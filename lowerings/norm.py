@@ -6,7 +6,7 @@ from itertools import takewhile
 
 import torch
 
-from dsv4_compile.op import Cost, Tensor, acc, op
+from dsv4_compile.op import Cost, Tensor, acc, compact, op
 
 
 @op("dsv4::rms_norm")
@@ -83,7 +83,7 @@ def norm_into(
     from dsv4_compile.kernels.norm import Shape, launch
 
     D = x.shape[-1]
-    rows = x.reshape(-1, D).contiguous()
+    rows = compact(x.reshape(-1, D))
     if not len(rows):
         return
     inner = 1 if cos is None else repeated(cos.shape, x.shape)
@@ -91,8 +91,8 @@ def norm_into(
     of_weight = "none" if weight is None else DTYPES[weight.dtype]
     cache, T = ("none", 1) if slot is None else (kept_in(out), slot.shape[1])
     shape = Shape(D, DTYPES[x.dtype], of_weight, 0 if cos is None else 2 * cos.shape[-1], cache)
-    places = None if slot is None else slot.reshape(-1).contiguous()
-    launch(shape, rows, None if weight is None else weight.contiguous(), *tables, out, places, eps, inner, T)
+    places = None if slot is None else compact(slot.reshape(-1))
+    launch(shape, rows, None if weight is None else compact(weight), *tables, out, places, eps, inner, T)
 
 
 def kept_in(cache: Tensor) -> str:
@@ -113,7 +113,7 @@ def table(x: Tensor, of: Tensor) -> Tensor:
     if ends:
         place = of.dim() - x.dim()
         shape = [of.shape[place + i] if ends[0] <= i <= ends[-1] else 1 for i in range(len(shape))]
-    return x.expand(*shape, x.shape[-1]).reshape(-1, x.shape[-1]).float().contiguous()
+    return compact(x.expand(*shape, x.shape[-1]).reshape(-1, x.shape[-1]).float())
 
 
 @rms_norm.on("cuda", arch="sm_90+", when=fits_the_kernel)

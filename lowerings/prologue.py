@@ -18,7 +18,7 @@ from dsv4_compile.lowerings.compressor_append import (
 from dsv4_compile.lowerings.compressor_append import shape_of as shape_of_compressor
 from dsv4_compile.lowerings.norm import DTYPES, kept_in, repeated, table
 from dsv4_compile.lowerings.rope import fits_with_rope, norm_rope
-from dsv4_compile.op import Cost, Op, Tensor, op
+from dsv4_compile.op import Cost, Op, Tensor, compact, op
 
 MOST = 2  # compressors: that of the keys, and the indexer's
 OF_QUERIES: dict[str, Any] = dict(q=Tensor, q_eps=float, q_cos=Tensor, q_sin=Tensor)
@@ -101,9 +101,9 @@ def of(name: str, *memories: Op) -> Op:
 
         q, keys, compressors = parts(*given)
         of_queries = q.x.view(-1, q.x.shape[-1]), *tables(q)
-        weight = None if keys.weight is None else keys.weight.contiguous()
-        rows = keys.x.reshape(-1, keys.x.shape[-1]).contiguous()
-        of_keys = rows, weight, *tables(keys), keys.ring, keys.slot.reshape(-1).contiguous()
+        weight = None if keys.weight is None else compact(keys.weight)
+        rows = compact(keys.x.reshape(-1, keys.x.shape[-1]))
+        of_keys = rows, weight, *tables(keys), keys.ring, compact(keys.slot.reshape(-1))
         tensors = tuple(tensors_of(c) for c in compressors)
         eps = [c.eps for c in compressors] + [0.0] * (MOST - count)
         shape = shape_of(q, keys, compressors)

@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from dsv4_compile.op import Cost, Tensor, acc, at_least, known, left_to_inductor, op
+from dsv4_compile.op import Cost, Tensor, acc, at_least, compact, known, left_to_inductor, op
 
 FEW = 16  # tokens; up to here a look in Python for ties is cheaper than three calls
 
@@ -70,7 +70,7 @@ def _(logits, bias, k, scale, eps):
     expert = torch.empty(logits.shape[0], k, dtype=torch.int64, device=logits.device)
     gate = torch.empty(logits.shape[0], k, dtype=torch.float32, device=logits.device)
     if len(logits):
-        launch(logits.contiguous(), bias.contiguous(), expert, gate, scale, eps)
+        launch(compact(logits), compact(bias), expert, gate, scale, eps)
     return expert, gate
 
 
@@ -106,7 +106,7 @@ def _(logits, expert, scale, eps):
 
     gate = torch.empty(expert.shape, dtype=torch.float32, device=logits.device)
     if gate.numel():
-        launch(logits.contiguous(), None, expert.long().contiguous(), gate, scale, eps)
+        launch(compact(logits), None, compact(expert.long()), gate, scale, eps)
     return gate
 
 

@@ -11,7 +11,7 @@ from dsv4_compile.lowerings.linear import linear, sizes_of
 from dsv4_compile.lowerings.mhc import mhc_post
 from dsv4_compile.lowerings.norm import DTYPES
 from dsv4_compile.lowerings.pointwise import swiglu
-from dsv4_compile.op import Cost, Tensor, acc, alike, known, op
+from dsv4_compile.op import Cost, Tensor, acc, alike, compact, known, op
 
 STREAMS = 8  # that a thread holds
 ROWS = 4  # beyond them every block of the kernel spends longer on SwiGLU than one launch for all of them takes
@@ -100,7 +100,7 @@ def _(gate, up, weight, routed, limit, scale, scale_2, X, post, comb):
     y = torch.empty((routed if X is None else X).shape, dtype=gate.dtype, device=gate.device)
     stored = gemv.words(weight), gemv.flat(scale), None if scale_2 is None else scale_2.view(1)
     shape = shape_of(gate, weight, scale, scale_2, X)
-    rows = [None if t is None else t.contiguous() for t in (gate, up, routed, X, post, comb, y)]
+    rows = [None if t is None else compact(t) for t in (gate, up, routed, X, post, comb, y)]
     for first, m in gemv.turns(len(gate), at_once(shape)):
         early = int(gemv.settled(y, weight, scale, scale_2))
         g, u, *others = (None if t is None else gemv.some(t, first, m) for t in rows)
