@@ -21,13 +21,12 @@ from cutlass import BFloat16, Float32, Int32, Int64, const_expr
 from dsv4_compile.kernel import Kernel, alike, by_twos, fake, rounded
 from dsv4_compile.kernels import attention_exact, attention_inputs, attention_wide
 from dsv4_compile.kernels import warps as of_warp
-from dsv4_compile.kernels.attention_cost import PROCESSORS, usable
+from dsv4_compile.kernels.attention_cost import JUDGED, PROCESSORS, of_one, usable
 from dsv4_compile.kernels.attention_inputs import Rows, arguments, named
 
 LOG2E = math.log2(math.e)
 WARPS = 8
 THREADS = 32 * WARPS
-JUDGED = (1, 2, 4, 8)  # numbers of tokens that a division is judged by
 SHARED = 227 * 1024 - 1024  # bytes of a block on sm_90 and later, and what the system keeps
 
 
@@ -499,14 +498,7 @@ def ranked(shape: Shape, work: tuple[int, ...], found: list[Config], judge: Any 
     if alike():
         found = [c for c in found if c.splits & (c.splits - 1) == 0]  # those that two parts can make up for
         found += [c for c in (replace(c, parts=2) for c in found) if fits(shape, c)]
-        best: list[dict[tuple[int, ...], float]] = []
-        for tokens in JUDGED:
-            best.append({})
-            for c in found:
-                us = judge(shape, c, tokens, work[1])
-                best[-1][c.division] = min(us, best[-1].get(c.division, math.inf))
-        chosen = min(best[0], key=lambda d: max(us[d] / min(us.values()) for us in best))
-        found = [c for c in found if c.division == chosen]
+        found = of_one(found, lambda config, tokens: judge(shape, config, tokens, work[1]))
     return sorted(found, key=lambda config: judge(shape, config, *work))
 
 
@@ -514,12 +506,19 @@ KERNEL = Kernel("attention", __file__, program, configs, rank)
 
 
 @cache
-def wider(shape: Shape, work: tuple[int, ...]) -> bool:
-    """Whether products of warpgroups are faster for so much work."""
+def wider(shape: Shape, work: tuple[int, ...], alike: bool = False) -> bool:
+    """Whether products of warpgroups are faster for so much work; alike: whatever the number of tokens is."""
     wide = attention_wide.Shape(**asdict(shape))
     if not attention_wide.takes(wide):
         return False
-    return attention_wide.least(wide, work) < estimate(shape, rank(shape, work)[0], *work)
+    if not alike:
+        return attention_wide.least(wide, work) < estimate(shape, rank(shape, work)[0], *work)
+    ours, theirs = [], []
+    for tokens in JUDGED:
+        us = estimate(shape, rank(shape, (tokens, work[1]))[0], tokens, work[1])
+        of_theirs = attention_wide.least(wide, (tokens, work[1]))
+        ours, theirs = [*ours, us / min(us, of_theirs)], [*theirs, of_theirs / min(us, of_theirs)]
+    return max(theirs) < max(ours)
 
 
 def launch(shape: Shape, dtype: str, warpgroups: bool, *arguments) -> None:
@@ -537,7 +536,7 @@ def launch(shape: Shape, dtype: str, warpgroups: bool, *arguments) -> None:
     q, _, window, _, index, *_ = arguments
     rows = window.shape[1] + (0 if index is None else index.shape[1])
     work = by_twos(q.shape[0]), rounded(rows)
-    if warpgroups and not alike() and wider(shape, work):
+    if warpgroups and wider(shape, work, alike()):
         attention_wide.KERNEL.launcher(attention_wide.Shape(**asdict(shape)), None, work)(*arguments)
         return
     run(shape, KERNEL.choice(shape, work), *arguments)

@@ -1,6 +1,9 @@
 """What a configuration of kernels/attention_wide.py costs: a model, fitted to timings on an H200, that says which is tried
 first, and whether another kernel is. What clusters leave of the processors is for all kernels of attention."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 CHOOSES = True  # no kernel's code depends on this file
 
 PROCESSORS = 132
@@ -30,3 +33,27 @@ def estimate(shape, config, tokens: int, rows: int) -> float:
         each += wide * part * (CLUSTER + BLOCK * config.splits)
     first = 2 * shape.d * tokens * (min(rows, config.rows * config.stages * config.splits) + shape.heads) / READ
     return rounds * each + FIRST * min(first, 7.0)
+
+
+JUDGED = (1, 2, 4, 8)  # numbers of tokens that a division is judged by
+
+
+def excess(found: Sequence[Any], judge: Callable[[Any, int], float]) -> dict[Any, float]:
+    """By division, whose configurations give the same bits: how much longer, at the worst of these numbers of tokens, its best
+    one takes than the best of all. judge: microseconds of a configuration."""
+    worst: dict[Any, float] = {}
+    for tokens in JUDGED:
+        best: dict[Any, float] = {}
+        for config in found:
+            us = judge(config, tokens)
+            best[config.division] = min(us, best.get(config.division, us))
+        least = min(best.values())
+        worst = {division: max(us / least, worst.get(division, 0.0)) for division, us in best.items()}
+    return worst
+
+
+def of_one(found: Sequence[Any], judge: Callable[[Any, int], float]) -> list[Any]:
+    """Those of the division whose excess is least."""
+    worst = excess(found, judge)
+    chosen = min(worst, key=lambda division: worst[division])
+    return [config for config in found if config.division == chosen]

@@ -17,9 +17,9 @@ from cutlass import BFloat16, Float32, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
-from dsv4_compile.kernel import Kernel
+from dsv4_compile.kernel import Kernel, alike
 from dsv4_compile.kernels import warps as of_warp
-from dsv4_compile.kernels.attention_cost import estimate
+from dsv4_compile.kernels.attention_cost import estimate, of_one
 from dsv4_compile.kernels.attention_inputs import Rows, Shape, arguments, named
 
 LOG2E = math.log2(math.e)
@@ -41,6 +41,11 @@ class Config:
     rows: int
     stages: int
     splits: int
+
+    @property
+    def division(self) -> tuple[int, ...]:
+        """What the order of sums depends on: configurations of which it is the same give the same bits."""
+        return self.rows, self.splits
 
 
 def value_row(d: int) -> int:
@@ -485,8 +490,12 @@ def configs(shape: Shape) -> Iterator[Config]:
 
 
 def rank(shape: Shape, work: tuple[int, ...]) -> list[Config]:
-    """All configurations, best first for so many tokens, each with so many rows."""
-    return sorted(configs(shape), key=lambda config: estimate(shape, config, *work))
+    """All configurations, best first for so many tokens, each with so many rows; where results must not depend on the number of
+    tokens, those of one division."""
+    found = list(configs(shape))
+    if alike():
+        found = of_one(found, lambda config, tokens: estimate(shape, config, tokens, work[1]))
+    return sorted(found, key=lambda config: estimate(shape, config, *work))
 
 
 KERNEL = Kernel("attention_wide", __file__, program, configs, rank)

@@ -7,7 +7,7 @@ one `DSV4_TEST_CONFIGS=all DSV4_ARCH=sm_90a` compiles them all, and looks at a w
 import importlib.util
 import os
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,7 @@ if find_spec("cutlass") is None:
 
 from dsv4_compile import tuning, warm
 from dsv4_compile.kernel import STORE, Kernel, arch, collecting, trying
-from dsv4_compile.kernels import attention, experts, gemv, linears, moe, shared_expert, stream
+from dsv4_compile.kernels import attention, attention_wide, experts, gemv, linears, moe, shared_expert, stream
 from dsv4_compile.kernels import division as of_kernels
 from dsv4_compile.lowerings import gemv as products
 from dsv4_compile.lowerings.linear import linear
@@ -226,6 +226,22 @@ def test_attention_divides_its_lists_alike(alike):
         found = [attention.rank(shape, (count, rows)) for count in (1, 8, 64)]
         assert len({c.division for each in found for c in each}) == 1
     assert {c.parts for c in lists(1)} == {1, 2} and lists(1) and attention.rank(ROWS, (8, 640))[0].parts == 2
+
+
+def test_attention_by_warpgroups_divides_alike(alike):
+    """And whoever is chosen is so for any number of tokens: for 640 rows warpgroups, which one token hardly costs more."""
+    shape = attention_wide.Shape(**asdict(ROWS))
+    for rows in (128, 640, 8320):
+        found = [attention_wide.rank(shape, (count, rows)) for count in (1, 8, 64)]
+        assert len({c.division for each in found for c in each}) == 1
+        assert len({attention.wider(ROWS, (count, rows), True) for count in (1, 3, 8, 64)}) == 1
+    assert attention.wider(ROWS, (1, 640), True) and not attention.wider(replace(ROWS, d=128), (8, 640), True)
+    least = attention_wide.least(shape, (1, 640))
+    alike(False)
+    best = min(
+        attention_wide.least(shape, (1, 640)), attention.estimate(ROWS, attention.rank(ROWS, (1, 640))[0], 1, 640)
+    )
+    assert least < 1.15 * best
 
 
 def test_attention_in_parts_does_not_spill(alike, hopper):
