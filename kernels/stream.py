@@ -202,6 +202,7 @@ class Stream:
         self.partial = smem.allocate_tensor(Float32, cute.make_layout((2 * self.teams * sums,)), 16)
         if const_expr(self.split > 1):
             self.kept = smem.allocate_tensor(Float32, cute.make_layout((self.turns * sums, self.split)), 16)
+            self.arrived = smem.allocate_tensor(Int64, cute.make_layout((1,)), 8).iterator
         room = ONE_MORE - self.work.needed(self.config)
         if const_expr(self.overlaps and room > 0 and arena is None):
             smem.allocate_tensor(Int32, cute.make_layout((room // 4,)), 16)
@@ -240,7 +241,7 @@ class Stream:
         """State of the copies: the next tile, segment and step; addresses of the two rows, and of the scales."""
         self.first, self.rank = block // self.split, block % self.split
         if const_expr(self.split > 1):
-            cute.arch.cluster_arrive()  # others may write here from now on
+            self.open(thread)
         self.from_column = self.rank * self.part
         self.warp, self.lane = cute.arch.make_warp_uniform(thread // LANES), thread % LANES
         self.g, self.t = self.lane // 4, self.lane % 4
@@ -255,6 +256,14 @@ class Stream:
         self.scales = cute.make_rmem_tensor((self.items,), Int64)
         self.rows.fill(0)
         self.scales.fill(0)
+
+    @cute.jit
+    def open(self, thread):
+        """Others may write here from now on."""
+        if thread == 0:
+            cute.arch.mbarrier_init(self.arrived, 1)
+            cute.arch.mbarrier_init_fence()
+        cute.arch.cluster_arrive_relaxed()
 
     def fill(self):
         """Start the copies of all stages but one, or of the first alone: see `fill_rest`."""
@@ -456,7 +465,7 @@ class Stream:
             self.emit(tile, turn, parity, thread)
             parity, turn = parity ^ 1, turn + 1
         if const_expr(self.split > 1):
-            self.exchange(thread)
+            self.exchange(thread, turn)
 
     @cute.jit
     def before(self, tile):
@@ -473,8 +482,9 @@ class Stream:
                 if const_expr(self.split > 1):
                     place = turn * count + index
                     at = self.kept.iterator.toint() + 4 * (self.rank * self.turns * count + place)
-                    there = warps.of_block(at, place // self.threads % self.split)
-                    warps.put_number(there, self.total(parity, m, row))
+                    block = place // self.threads % self.split
+                    barrier = warps.of_block(self.arrived.toint(), block)
+                    warps.send_number(warps.of_block(at, block), self.total(parity, m, row), barrier)
                 else:
                     self.put(tile, m, row, self.total(parity, m, row))
 
@@ -484,11 +494,15 @@ class Stream:
         return tree([self.partial[((first + w) * self.M + m) * self.rows_of_tile + row] for w in range(self.teams)])
 
     @cute.jit
-    def exchange(self, thread):
-        """Add up what the blocks of the cluster have; each finishes a share of it."""
-        cute.arch.cluster_arrive()
-        cute.arch.cluster_wait()
+    def exchange(self, thread, turns):
+        """Add up what the blocks of the cluster have of `turns` tiles; each finishes a share of it."""
         per_tile, step = self.M * self.rows_of_tile, self.threads * self.split
+        if thread == 0:
+            count = turns * per_tile
+            rest = cutlass.min(cutlass.max(count % step - self.rank * self.threads, 0), self.threads)
+            mine = count // step * self.threads + rest
+            cute.arch.mbarrier_arrive_and_expect_tx(self.arrived, 4 * self.split * mine)
+        warps.wait_for_sent(self.arrived.toint(), 0)
         for i in cutlass.range_constexpr(-(-self.turns * per_tile // step)):
             index = i * step + self.rank * self.threads + thread
             turn, place = index // per_tile, index % per_tile

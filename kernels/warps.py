@@ -65,9 +65,17 @@ def of_block(address, block):
     )
 
 
-def put_number(address, number):
-    """Into shared memory of another block."""
-    cute.arch.inline_ptx("st.shared::cluster.f32 [{$r0}], {$r1};", read_only_args=[address, number])
+def send_number(address, number, barrier):
+    """Into shared memory of another block, whose barrier counts the bytes; both addresses as `of_block` gives them. Nobody
+    waits for memory, as at a barrier of the cluster."""
+    text = "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [{$r0}], {$r1}, [{$r2}];"
+    cute.arch.inline_ptx(text, read_only_args=[address, number, barrier])
+
+
+def wait_for_sent(barrier, phase):
+    """Until all bytes that a barrier of this block expects have come; from then on they may be read."""
+    wait = "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [{$r0}], {$r1};"
+    cute.arch.inline_ptx(f"{{ .reg .pred p; AGAIN: {wait} @!p bra AGAIN; }}", read_only_args=[barrier, Int32(phase)])
 
 
 def load_word(address, local: bool):
