@@ -75,11 +75,6 @@ def count(address, many, local: bool):
     cute.arch.inline_ptx(f"red.{space}.add.u32 [{{$r0}}], {{$r1}};", read_only_args=[address, many])
 
 
-def store(address, word):
-    """Into shared memory of another block."""
-    cute.arch.inline_ptx("st.shared::cluster.u32 [{$r0}], {$r1};", read_only_args=[address, word])
-
-
 class Program(Scores):
     def __init__(self, shape: Shape, config: Config):
         super().__init__(shape, config.scorers, config.stages, config.grouped, config.apart)
@@ -132,7 +127,7 @@ class Program(Scores):
         plan, k = self.plan, out.shape[1]
         allocator = cutlass.memory.SmemAllocator()
         room = allocator.allocate_tensor(Int32, cute.make_layout((plan.words,)), 128)
-        start = room.iterator.toint()
+        start, arrived = room.iterator.toint(), allocator.allocate_tensor(Int64, cute.make_layout((1,)), 8).iterator
         n = self.seen(visible, keys, token)
         if n <= k:
             if const_expr(self.apart):
@@ -146,6 +141,10 @@ class Program(Scores):
             first = rank * share
             mine = cutlass.max(cutlass.min(n - first, share), 0)
             if const_expr(self.blocks > 1):
+                if thread == 0:
+                    cute.arch.mbarrier_init(arrived, 1)
+                    cute.arch.mbarrier_init_fence()
+                    cute.arch.mbarrier_arrive_and_expect_tx(arrived, 8 * self.blocks)
                 cute.arch.cluster_arrive()  # others may add to these counts: they wait for it before they do
             if const_expr(self.apart):
                 of_warp.follow()
@@ -165,7 +164,9 @@ class Program(Scores):
                     self.count_first(room[i], start)
             cute.arch.barrier()
             shift, prefix, need, masks = self.threshold(k, mine, room, start, thread)
-            self.write_chosen(out[token, None], rank, first, mine, shift, prefix, need, masks, room, start, thread)
+            self.write_chosen(
+                out[token, None], rank, first, mine, shift, prefix, need, masks, room, start, arrived, thread
+            )
 
     def count_first(self, key, start):
         """The first digit of a score."""
@@ -316,7 +317,7 @@ class Program(Scores):
         return tuple(room[plan.found + 4 * p + i] for i in range(3))
 
     @cute.jit
-    def write_chosen(self, out, rank, first, mine, shift, prefix, need, masks, room, start, thread):
+    def write_chosen(self, out, rank, first, mine, shift, prefix, need, masks, room, start, arrived, thread):
         """In order: each warp starts behind the chosen ones of the warps and blocks before it."""
         plan = self.plan
         warp, lane = cute.arch.make_warp_uniform(thread // 32), thread % 32
@@ -334,10 +335,13 @@ class Program(Scores):
             above, equal = above + (of_above if v < warp else 0), equal + (of_equal if v < warp else 0)
         if const_expr(self.blocks > 1):
             if thread < self.blocks:
-                there = of_warp.of_block(start + 4 * (plan.before + 2 * rank), thread)
-                store(there, all_above)
-                store(there + 4, all_equal)
-            of_warp.everybody(self.blocks)
+                there, counted = (
+                    of_warp.of_block(address, thread)
+                    for address in (start + 4 * (plan.before + 2 * rank), arrived.toint())
+                )
+                of_warp.send(there, all_above, counted)
+                of_warp.send(there + 4, all_equal, counted)
+            of_warp.wait_for_sent(arrived.toint(), 0)
             for b in cutlass.range_constexpr(self.blocks):
                 of_above, of_equal = room[plan.before + 2 * b], room[plan.before + 2 * b + 1]
                 above, equal = above + (of_above if b < rank else 0), equal + (of_equal if b < rank else 0)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, const_expr
+from cutlass import Float32, Int32, Int64, const_expr
 
 from dsv4_compile.kernel import Kernel, fake, few, of_tokens, stream
 from dsv4_compile.kernels import mhc
@@ -81,14 +81,22 @@ class Boundary:
         thread, _, _ = cute.arch.thread_idx()
         rank, cluster, _ = cute.arch.block_idx()
         _, clusters, _ = cute.arch.grid_dim()
-        cute.arch.cluster_arrive()  # waited for before the first write into another block
         n, G, rows = self.n, self.groups, self.rows
         warp, lane = thread // 32, thread % 32
         memory = cutlass.memory.SmemAllocator()
         of_warps = memory.allocate_tensor(Float32, cute.make_layout((self.warps, 32), stride=(32, 1)), 16)
-        mixes = memory.allocate_tensor(Float32, cute.make_layout((self.splits, 32), stride=(32, 1)), 16)
+        mixes = memory.allocate_tensor(
+            Float32, cute.make_layout((2, self.splits, 32), stride=(32 * self.splits, 32, 1)), 16
+        )
         squares = memory.allocate_tensor(Float32, cute.make_layout((self.splits * self.warps,)), 16)
         kept = memory.allocate_tensor(self.dtype, cute.make_layout((n, self.columns), stride=(self.columns, 1)), 16)
+        # what blocks send each other is counted: mixtures of every other token, as one block may be a token ahead, and squares
+        arrived = memory.allocate_tensor(Int64, cute.make_layout((3,)), 8).iterator
+        if thread == 0:
+            for i in cutlass.range_constexpr(3):
+                cute.arch.mbarrier_init(arrived + i, 1)
+            cute.arch.mbarrier_init_fence()
+        cute.arch.cluster_arrive_relaxed()  # waited for before the first write into another block
 
         # this thread's vector: the `own`th of stream k
         k, g = thread // G, thread % G
@@ -118,15 +126,21 @@ class Boundary:
         cute.arch.griddepcontrol_launch_dependents()
         cute.arch.cluster_wait()
 
+        turn = Int32(0)
         for token in cutlass.range(cluster, X.shape[0], clusters, unroll=1):
+            side = turn % 2
+            if thread == 0:
+                cute.arch.mbarrier_arrive_and_expect_tx(arrived + side, 4 * self.splits * (rows + 1))
+                if const_expr(self.weight is not None):
+                    cute.arch.mbarrier_arrive_and_expect_tx(arrived + 2, 4 * self.splits * self.warps)
             f = self.take_up(X, y, post, comb, streams, kept, token, k, g, own, holds)
-            self.share(self.mixed(f, F, fn, k, own, holds), of_warps, mixes, rank, thread, warp, lane)
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
+            here = mixes[side, None, None]
+            self.share(self.mixed(f, F, fn, k, own, holds), of_warps, here, arrived + side, rank, thread, warp, lane)
+            of_warp.wait_for_sent((arrived + side).toint(), turn // 2 % 2)
 
             total = Float32(0.0)  # lane m: of row m, and behind the last the sum of squares
             for b in cutlass.range_constexpr(self.splits):
-                total += mixes[b, lane]
+                total += here[b, lane]
             r = cute.math.rsqrt(cute.arch.shuffle_sync(total, rows) / Float32(n * self.D) + rms_eps)
             mix = total * r * scales + bases
             pre = cute.make_rmem_tensor((n,), Float32)
@@ -147,13 +161,13 @@ class Boundary:
                 square = cute.arch.warp_reduction(square, operator.add)
                 if warp < self.warps and lane < self.splits:
                     to = of_warp.of_block(squares.iterator.toint(), lane)
-                    of_warp.store_word(to + 4 * (rank * self.warps + warp), square)
-                cute.arch.cluster_arrive()
+                    counted = of_warp.of_block((arrived + 2).toint(), lane)
+                    of_warp.send(to + 4 * (rank * self.warps + warp), square, counted)
             if const_expr(self.iters > 0):
                 if warp == self.warps and rank == 0:
                     self.coefficients(mix, eps, new_post, new_comb, token, lane)
             if const_expr(self.weight is not None):
-                cute.arch.cluster_wait()
+                of_warp.wait_for_sent((arrived + 2).toint(), turn % 2)
                 square = Float32(0.0)
                 for i in cutlass.range_constexpr(-(-self.splits * self.warps // 32)):
                     if i * 32 + lane < self.splits * self.warps:
@@ -169,6 +183,7 @@ class Boundary:
                     x[token, rank * self.columns + place] = out.to(self.dtype)
             if const_expr(self.weight is None):  # `kept` is read to its end before the next token's is written
                 cute.arch.barrier()
+            turn = turn + 1
 
     @cute.jit
     def take_up(self, X, y, post, comb, streams, kept, token, k, g, own, holds):
@@ -218,7 +233,7 @@ class Boundary:
         return of_warp.sum_each(sums)
 
     @cute.jit
-    def share(self, total, of_warps, mixes, rank, thread, warp, lane):
+    def share(self, total, of_warps, mixes, arrived, rank, thread, warp, lane):
         """Add up the warps' sums and write them into every block."""
         if warp < self.warps:
             of_warps[warp, lane] = total
@@ -230,7 +245,8 @@ class Boundary:
                 for w in cutlass.range_constexpr(self.warps):
                     total += of_warps[w, lane]
                 to = of_warp.of_block(mixes.iterator.toint(), block)
-                of_warp.store_word(to + 4 * (rank * 32 + lane), total)
+                counted = of_warp.of_block(arrived.toint(), block)
+                of_warp.send(to + 4 * (rank * 32 + lane), total, counted)
 
     @cute.jit
     def coefficients(self, mix, eps, post, comb, token, lane):

@@ -484,7 +484,7 @@ class Stream:
                     at = self.kept.iterator.toint() + 4 * (self.rank * self.turns * count + place)
                     block = place // self.threads % self.split
                     barrier = warps.of_block(self.arrived.toint(), block)
-                    warps.send_number(warps.of_block(at, block), self.total(parity, m, row), barrier)
+                    warps.send(warps.of_block(at, block), self.total(parity, m, row), barrier)
                 else:
                     self.put(tile, m, row, self.total(parity, m, row))
 

@@ -65,11 +65,11 @@ def of_block(address, block):
     )
 
 
-def send_number(address, number, barrier):
-    """Into shared memory of another block, whose barrier counts the bytes; both addresses as `of_block` gives them. Nobody
-    waits for memory, as at a barrier of the cluster."""
-    text = "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [{$r0}], {$r1}, [{$r2}];"
-    cute.arch.inline_ptx(text, read_only_args=[address, number, barrier])
+def send(address, word, barrier):
+    """A number of 32 bits into shared memory of another block, whose barrier counts the bytes; both addresses as `of_block`
+    gives them. Nobody waits for memory, as at a barrier of the cluster."""
+    text = "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [{$r0}], {$r1}, [{$r2}];"
+    cute.arch.inline_ptx(text, read_only_args=[address, word, barrier])
 
 
 def wait_for_sent(barrier, phase):
@@ -116,11 +116,6 @@ def load_byte(address):
 def store_four(address, words):
     """Into this block's shared memory."""
     cute.arch.inline_ptx("st.shared.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", read_only_args=[address, *words])
-
-
-def store_word(address, value):
-    """Into the shared memory of the block that `of_block` gave the address in."""
-    cute.arch.inline_ptx("st.shared::cluster.f32 [{$r0}], {$r1};", read_only_args=[address, value])
 
 
 def everybody(blocks: int):
