@@ -107,13 +107,17 @@ class Program(Scores):
         thread, _, _ = cute.arch.thread_idx()
         block, token, _ = cute.arch.block_idx()
         width, _, _ = cute.arch.grid_dim()
+        allocator = cutlass.memory.SmemAllocator()
+        weights, room = allocator.allocate_tensor(Float32, cute.make_layout((64,)), 128), self.allocate(allocator)
         n = self.seen(visible, keys, token)
+        if const_expr(self.early):
+            self.ask_ahead(q, cos, sin, token, thread, room[2])
         if n > k:
-            allocator = cutlass.memory.SmemAllocator()
-            weights, room = allocator.allocate_tensor(Float32, cute.make_layout((64,)), 128), self.allocate(allocator)
             first, step = block * self.scorers + cute.arch.make_warp_uniform(thread // 32), width * self.scorers
             last, target = cute.ceil_div(n, TILE), cute.recast_tensor(scores[token, None], Float32)
             self.score(q, keys, scales, w, cos, sin, weights, room, token, T, first, last, step, target, 0)
+        else:
+            cute.arch.cp_async_wait_group(0)
 
     # The best
 

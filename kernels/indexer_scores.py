@@ -86,7 +86,9 @@ class Scores:
         self.codes = self.scaled and grouped  # whether keys are multiplied as they are
         self.wide = self.tiles * (PARTS if self.codes else 1)  # columns of the queries as a right operand, by 8
         self.turns_of_warps = -(-self.tiles // scorers)  # until all heads are in shared memory
-        self.rooms = rooms(shape, scorers, stages, grouped)
+        # whether queries are asked for by copies, before anything is known
+        self.early = grouped and floats and stages > 0
+        self.rooms = *rooms(shape, scorers, stages, grouped), self.tiles * self.asked_bytes if self.early else 0
         self.back = 1.0 if self.codes else 1 / (E4M3.unit * LIFT)
 
     def seen(self, visible, keys, token):
@@ -94,11 +96,16 @@ class Scores:
         return cutlass.min(Int32(visible[token % visible.shape[0]]), keys.shape[1])
 
     def allocate(self, smem):
-        """Addresses of the queries and of the rings."""
+        """Addresses of the queries, of the rings, and of what is asked for early."""
         return tuple(
             smem.allocate_tensor(Int32, cute.make_layout((size // 4,)), 128).iterator.toint() if size > 0 else Int32(0)
             for size in self.rooms
         )
+
+    @property
+    def asked_bytes(self) -> int:
+        """Of eight heads: for each lane 16 bytes of each run, and four cosines and sines of those that are turned."""
+        return 32 * (16 * self.lines + 32 * sum(map(self.turns_here, range(self.lines))))
 
     @cute.jit
     def score(self, q, keys, scales, w, cos, sin, weights, room, token, T, first, last, step, target, skip):
@@ -106,8 +113,8 @@ class Scores:
         Warps of a warpgroup have neighbours, and go on while one of them has a tile."""
         thread, _, _ = cute.arch.thread_idx()
         lane, request, warp = cute.arch.lane_idx(), token // T, cute.arch.make_warp_uniform(thread // 32)
+        queries, rings, ahead = room
         raw, turns, own = self.ask(q, w, cos, sin, token, thread)
-        queries, rings = room
         ring = rings + warp * (self.stages * self.stage)
         behind = warp % TOGETHER if const_expr(self.grouped) else Int32(0)  # the warpgroup's first tile
         if const_expr(self.stages > 0):
@@ -115,7 +122,12 @@ class Scores:
                 self.request_tile(keys, scales, request, first + i * step, last, ring + i * self.stage, lane)
         else:
             here, by = self.load(keys, request, first, lane), self.factor(scales, request, first, lane)
-        heads = [self.prepared(x, turns, lane) for x in raw]
+        if const_expr(self.early):
+            cute.arch.cp_async_wait_group(self.stages - 1)
+            taken = [self.taken(ahead + self.own_tile(i, warp) * self.asked_bytes, lane) for i in range(len(raw))]
+            heads = [self.prepared(words, of_lane, lane) for words, of_lane in taken]
+        else:
+            heads = [self.prepared(x, turns, lane) for x in raw]
         if const_expr(self.grouped):
             self.put_queries(heads, own, warp, lane, queries, weights)
             heads = warpgroup.descriptor(queries, self.wide)
@@ -224,15 +236,58 @@ class Scores:
         """Which 8 channels of a key are a lane's r-th."""
         return 8 * (r // 2) + 2 * (lane % 4) + r % 2 if self.scaled else 4 * r + lane % 4
 
+    @cute.jit
+    def ask_ahead(self, q, cos, sin, token, thread, ahead):
+        """Start to copy what a lane will need of its warp's heads, and angles, each lane its own. Loads in this place would be
+        put off until it is known how many entries there are, which is on its way at the same time."""
+        lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
+        for i in cutlass.range_constexpr(self.turns_of_warps):
+            t = i * self.scorers + warp
+            if t < self.tiles:
+                here = ahead + t * self.asked_bytes
+                head = cutlass.min(8 * t + lane // 4, self.h - 1)
+                row = q.iterator.toint() + 2 * self.d * (Int64(token) * self.h + head)
+                for s in cutlass.range_constexpr(self.lines):
+                    of_warp.copy_16(here + (s * 32 + lane) * 16, row + 16 * self.run(s, lane), Int32(16))
+                place = here + self.lines * 512
+                for s in cutlass.range_constexpr(self.lines):
+                    if const_expr(self.turns_here(s)):
+                        first = cutlass.max(self.angle(s, lane), 0)
+                        for table in (cos, sin):
+                            of_row = table.iterator.toint() + 4 * (
+                                Int64(token % cos.shape[0]) * (self.rope // 2) + first
+                            )
+                            for p in cutlass.range_constexpr(4):
+                                stored.fetch_word(place + 4 * lane, of_row + 4 * p)
+                                place = place + 128
+        cute.arch.cp_async_commit_group()
+
+    def taken(self, here, lane):
+        """What `ask_ahead` copied for a lane, as `ask` has it."""
+        words, turns = cute.make_rmem_tensor((4, self.lines), Int32), {}
+        for s in range(self.lines):
+            for i, word in enumerate(of_warp.load_four(here + (s * 32 + lane) * 16)):
+                words[i, s] = word
+        place = here + self.lines * 512
+        for s in range(self.lines):
+            if self.turns_here(s):
+                at = [[place + 128 * (4 * i + p) + 4 * lane for p in range(4)] for i in range(2)]
+                turns[s] = [[of_warp.load_word(x, True) for x in of_table] for of_table in at]
+                place = place + 1024
+        return words, turns
+
     def ask(self, q, w, cos, sin, token, thread):
         """Start to load what `score` needs of a token: what a lane has of the heads, of its warp's or of all; cosines and
         sines; weights of these heads, or the thread's."""
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
         tiles = [self.own_tile(i, warp) for i in range(self.turns_of_warps)] if self.grouped else range(self.tiles)
-        raw = [self.eight_heads(q, token, lane, t) for t in tiles]
+        if self.early:
+            raw = [None for _ in tiles]
+        else:
+            raw = [self.eight_heads(q, token, lane, t) for t in tiles]
         heads = [8 * t + lane // 4 for t in tiles] if self.codes else [thread]
         weights = [w[token, cutlass.min(head, self.h - 1)].to(Float32) for head in heads]
-        return raw, self.turns(cos, sin, token, lane), weights
+        return raw, {} if self.early else self.turns(cos, sin, token, lane), weights
 
     def own_tile(self, i: int, warp):
         """Which eight heads are a warp's i-th; beyond the last ones those."""
@@ -246,14 +301,14 @@ class Scores:
         """By run, four cosines and four sines of a lane's channels, as `eight_heads` has them; anything where nothing turns."""
         found, row = {}, token % cos.shape[0] if self.rope > 0 else 0
         for s in range(self.lines):
-            if self.rope > 0 and self.turned(s):
+            if self.turns_here(s):
                 first = cutlass.max(self.angle(s, lane), 0)
                 found[s] = [[table[row, first + p] for p in range(4)] for table in (cos, sin)]
         return found
 
-    def turned(self, s: int) -> bool:
-        """Whether some lane's s-th run is."""
-        return (64 * (s // 2) + 64 if self.scaled else 32 * s + 32) > self.d - self.rope
+    def turns_here(self, s: int) -> bool:
+        """Whether some lane's s-th run is turned."""
+        return self.rope > 0 and (64 * (s // 2) + 64 if self.scaled else 32 * s + 32) > self.d - self.rope
 
     def eight_heads(self, q, token, lane, t):
         """Of the t-th eight heads, pairs of channels as `load` has them; beyond the last head that one again."""
