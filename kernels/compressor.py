@@ -1,4 +1,7 @@
-"""The compressor: a block has a window, a thread four channels of it; softmax over the window's rows, RMSNorm, RoPE."""
+"""The compressor: a block has a window, a thread four channels of it; softmax over the window's rows, RMSNorm, RoPE.
+
+Many rows are shared out to teams of threads, each of which has all channels of some; they add up what they have in their order.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,44 +35,58 @@ class Shape:
 
 @dataclass(frozen=True)
 class Config:
-    """at_once: rows whose numbers are asked for together."""
+    """at_once: rows whose numbers are asked for together. teams: that share a window's rows."""
 
     at_once: int
+    teams: int = 1
 
 
 class Compressor:
     def __init__(self, shape: Shape, config: Config):
         self.d, self.rows, self.rope, self.overlap = shape.d, shape.rows, shape.rope, shape.overlap
         self.threads, self.at_once, self.weight = shape.threads, config.at_once, DTYPES[shape.weight]
+        self.teams, self.share = config.teams, -(-shape.rows // config.teams)  # rows of a team
 
     @cute.jit
     def __call__(self, c, z, index, weight, cos, sin, out, eps: Float32, stream):
         self.kernel(c, z, index, weight, cos, sin, out, eps).launch(
-            grid=[out.shape[0] * out.shape[1], 1, 1], block=[self.threads, 1, 1], stream=stream, use_pdl=True
+            grid=[out.shape[0] * out.shape[1], 1, 1],
+            block=[self.threads * self.teams, 1, 1],
+            stream=stream,
+            use_pdl=True,
         )
 
     @cute.kernel
     def kernel(self, c, z, index, weight, cos, sin, out, eps):
         of_warp.follow()
-        v, _, _ = cute.arch.thread_idx()
+        thread, _, _ = cute.arch.thread_idx()
         window, _, _ = cute.arch.block_idx()
+        team, v = thread // self.threads, thread % self.threads
         batch, w = window // out.shape[1], window % out.shape[1]
         closed = index[batch, w, self.rows - 1] >= 0
-        entry = self.entry(c, z, index, weight, cos, sin, eps, batch, w, v, closed)
-        if v < self.d // VECTOR:
+        entry = self.entry(c, z, index, weight, cos, sin, eps, batch, w, v, closed, team)
+        if team == 0 and v < self.d // VECTOR:
             cute.autovec_copy(entry, cute.zipped_divide(out[batch, w, None], (VECTOR,))[None, v])
 
     @cute.jit
-    def entry(self, c, z, index, weight, cos, sin, eps, batch, w, v, closed):
+    def entry(self, c, z, index, weight, cos, sin, eps, batch, w, v, closed, team=0):
         """This thread's channels of a window's entry; zeros of a window that is not closed. Of a closed one rows are absent
         from the old end only, of an open one all."""
         entry = cute.make_rmem_tensor((VECTOR,), Float32)
         entry.fill(0.0)
         if closed:
+            top, total = cute.make_rmem_tensor((VECTOR,), Float32), cute.make_rmem_tensor((VECTOR,), Float32)
+            top.fill(-1e30)
+            total.fill(0.0)
             if v < self.d // VECTOR:
-                self.collect(c, z, index, batch, w, v, entry)
+                self.collect(c, z, index, batch, w, v, team, entry, top, total)
+            if const_expr(self.teams > 1):
+                self.gather(entry, top, total, team, v)
+            if v < self.d // VECTOR:
+                for j in cutlass.range_constexpr(VECTOR):
+                    entry[j] = entry[j] * of_warp.inverse(total[j])
             squares = (entry.load() * entry.load()).reduce(cute.ReductionOp.ADD, init_val=0.0, reduction_profile=0)
-            squares = of_warp.sum_of_row(squares, 0, 1, v, self.threads // 32)
+            squares = of_warp.sum_of_row(squares, team, self.teams, v, self.threads // 32)
             if v < self.d // VECTOR:
                 scaled = cute.make_rmem_tensor((VECTOR,), self.weight)
                 cute.autovec_copy(cute.zipped_divide(weight, (VECTOR,))[None, v], scaled)
@@ -85,14 +102,13 @@ class Compressor:
         return entry
 
     @cute.jit
-    def collect(self, c, z, index, batch, w, v, entry):
-        """entry = sum over rows of softmax(z) c; the largest gate so far keeps the exponentials small."""
+    def collect(self, c, z, index, batch, w, v, team, entry, top, total):
+        """entry = sum of exp(z - top) c over a team's rows, total that of exp(z - top); top, the largest gate so far, keeps the
+        exponentials small."""
         n, half = self.at_once, self.rows // 2
-        top = cute.make_rmem_tensor((VECTOR,), Float32)
-        total = cute.make_rmem_tensor((VECTOR,), Float32)
-        top.fill(-1e30)
-        total.fill(0.0)
-        for first in cutlass.range(0, self.rows, n, unroll=1):
+        begin = team * self.share
+        end = cutlass.min(begin + self.share, self.rows)
+        for first in cutlass.range(begin, end, n, unroll=1):
             values = cute.make_rmem_tensor((VECTOR, n), Float32)
             gates = cute.make_rmem_tensor((VECTOR, n), Float32)
             row = cute.make_rmem_tensor((n,), Int32)
@@ -105,7 +121,7 @@ class Compressor:
                 cute.autovec_copy(cute.zipped_divide(c[batch, there, None], (VECTOR,))[None, at], values[None, i])
                 cute.autovec_copy(cute.zipped_divide(z[batch, there, None], (VECTOR,))[None, at], gates[None, i])
             for i in cutlass.range_constexpr(n):
-                if row[i] < 0 or first + i >= self.rows:
+                if row[i] < 0 or first + i >= end:
                     for j in cutlass.range_constexpr(VECTOR):
                         values[j, i] = Float32(0.0)
                         gates[j, i] = -cutlass.Float32.inf
@@ -121,8 +137,25 @@ class Compressor:
                     share = cute.math.exp(gates[j, i] - highest)
                     total[j] = total[j] + share
                     entry[j] = entry[j] + share * values[j, i]
+
+    @cute.jit
+    def gather(self, entry, top, total, team, v):
+        """What all teams have of a thread's channels, in each of them."""
+        parts = cutlass.memory.SmemAllocator().allocate_tensor(
+            Float32, cute.make_layout((VECTOR, self.threads, 3, self.teams)), 16
+        )
+        for i, own in enumerate((top, total, entry)):
+            cute.autovec_copy(own, parts[None, v, i, team])
+        cute.arch.barrier()
         for j in cutlass.range_constexpr(VECTOR):
-            entry[j] = entry[j] * of_warp.inverse(total[j])
+            highest = Float32(-1e30)
+            for t in cutlass.range_constexpr(self.teams):
+                highest = cute.arch.fmax(highest, parts[j, v, 0, t])
+            total[j], entry[j] = Float32(0.0), Float32(0.0)
+            for t in cutlass.range_constexpr(self.teams):
+                share = cute.math.exp(parts[j, v, 0, t] - highest)
+                total[j] = total[j] + share * parts[j, v, 1, t]
+                entry[j] = entry[j] + share * parts[j, v, 2, t]
 
 
 def program(shape: Shape, config: Config):
@@ -136,13 +169,23 @@ def program(shape: Shape, config: Config):
     return Compressor(shape, config), arguments
 
 
+NEEDED = {16: 192, 8: 128, 4: 72, 2: 64}  # registers of a thread, by rows at once
+
+
 def configs(shape: Shape) -> Iterator[Config]:
-    for at_once in (16, 8, 4):
-        if at_once <= max(8, shape.rows // 4):
+    for at_once, registers in NEEDED.items():
+        if at_once <= max(8, shape.rows // 4) and shape.threads * registers <= 1 << 16:
             yield Config(at_once)
 
 
-KERNEL = Kernel("compressor", __file__, program, configs)
+def configs_apart(shape: Shape) -> Iterator[Config]:
+    """Of a launch of its own, where rows are many: four teams go through them in a fourth of the time."""
+    if shape.rows >= 64 and 4 * shape.threads * NEEDED[8] <= 1 << 16:
+        yield Config(8, 4)
+    yield from configs(shape)
+
+
+KERNEL = Kernel("compressor", __file__, program, configs_apart)
 
 
 def launch(shape: Shape, *arguments) -> None:
