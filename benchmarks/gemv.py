@@ -5,7 +5,8 @@
 A call's time is that of a graph with many calls, each on weights of its own, more than the L2 cache holds; random inputs; arms
 take turns. `share`: bytes that must be read over time, over what this machine reads, measured first; `over`: time beyond that.
 `cuBLAS`: torch's product with the weight in bf16, whatever the format. `eager`: the op's meaning, which dequantises in front of
-the product. `MoE`: a whole layer of experts, from the router's product to the sum with the shared expert.
+the product. `MoE`: a whole layer of experts, from the router's product to the sum with the shared expert. Kernels that the
+cache lacks are built first, in all processors.
 """
 
 import argparse
@@ -19,13 +20,17 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
+from benchmarks import once
 from benchmarks.timing import ceilings, microseconds, size
+from dsv4_compile.kernel import collecting
 from dsv4_compile.lowerings.linear import grouped_linear, linear, linear_wide
 from dsv4_compile.lowerings.moe import moe
 from dsv4_compile.lowerings.pointwise import swiglu
 from dsv4_compile.lowerings.router import router
+from dsv4_compile.op import Op
 from dsv4_compile.reference_model.quant import dequantize, quantize
 
 STREAMED = 256 << 20  # bytes that a graph goes through at least
@@ -58,29 +63,36 @@ def repeated_calls(inputs: list[Any]) -> list[Any]:
     return inputs * max(1, -(-CALLS // len(inputs)))
 
 
+def drawn(formats: list[str], layers: list[str]) -> Iterator[tuple[str, str, int, Stored]]:
+    """A layer, its format, groups and weight."""
+    for what, (G, R, K) in LAYERS.items():
+        if any(fnmatch.fnmatch(what, glob) for glob in layers):
+            for format in ("bf16",) if what == "head" else formats:
+                yield what, format, G, weight(format, G * R, K)
+
+
+def product(G: int, M: int, K: int) -> tuple[Op, torch.Tensor]:
+    """The op, and M vectors for it."""
+    op, lead = (linear, (M,)) if G == 1 else (grouped_linear, (G, M))
+    return op, torch.randn(*lead, K, device="cuda").to(bf16)
+
+
 def products(rows: list[int], formats: list[str], layers: list[str]) -> Iterator[dict[str, Any]]:
     """Linear layers: a row of the table for each."""
-    for what, (G, R, K) in LAYERS.items():
-        if not any(fnmatch.fnmatch(what, glob) for glob in layers):
-            continue
-        for format in ("bf16",) if what == "head" else formats:
-            one = weight(format, G * R, K)
-            many = max(2, -(-STREAMED // size(one)))
-            weights = [one, *(tuple(map(copied, one)) for _ in range(many - 1))]
-            dense = [
-                dequantize(*w, "none" if format == "bf16" else format).to(bf16) for w in weights[: max(2, many // 2)]
-            ]
-            for M in rows:
-                op, lead = (linear, (M,)) if G == 1 else (grouped_linear, (G, M))
-                x = torch.randn(*lead, K, device="cuda").to(bf16)
-                inputs = repeated_calls([(x, *w) for w in weights])
-                multiply: Callable[..., Any] = F.linear if G == 1 else batched
-                us = microseconds({"ours": op.target}, inputs)
-                us |= {"cuBLAS": microseconds({"": multiply}, repeated_calls([(x, w) for w in dense]))[""]}
-                us |= {"ours again": microseconds({"": op.target}, inputs)[""]}
-                got, want = op(*inputs[0]).double(), multiply(x.double(), dense[0].double())
-                yield dict(what=what, format=format, rows=M, bytes=size(one), us=us, error=wrong(got, want))
-            del weights, dense
+    for what, format, G, one in drawn(formats, layers):
+        many = max(2, -(-STREAMED // size(one)))
+        weights = [one, *(tuple(map(copied, one)) for _ in range(many - 1))]
+        dense = [dequantize(*w, "none" if format == "bf16" else format).to(bf16) for w in weights[: max(2, many // 2)]]
+        for M in rows:
+            op, x = product(G, M, LAYERS[what][-1])
+            inputs = repeated_calls([(x, *w) for w in weights])
+            multiply: Callable[..., Any] = F.linear if G == 1 else batched
+            us = microseconds({"ours": op.target}, inputs)
+            us |= {"cuBLAS": microseconds({"": multiply}, repeated_calls([(x, w) for w in dense]))[""]}
+            us |= {"ours again": microseconds({"": op.target}, inputs)[""]}
+            got, want = op(*inputs[0]).double(), multiply(x.double(), dense[0].double())
+            yield dict(what=what, format=format, rows=M, bytes=size(one), us=us, error=wrong(got, want))
+        del weights, dense
 
 
 def copied(t: torch.Tensor | None) -> Parameter | None:
@@ -91,46 +103,79 @@ def batched(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return torch.bmm(x, w.unflatten(0, (x.shape[0], -1)).mT)
 
 
+def all_experts(format: str) -> tuple[Stored, ...]:
+    """Weights, scales and second scales of a layer's three matrices, those of all experts stacked."""
+    few = [weight(format, 8, *s) for s in ((INNER, D), (INNER, D), (D, INNER))]
+    stacked = [tuple(None if t is None else repeated(t) for t in stored) for stored in few]
+    return tuple(zip(*stacked, strict=True))  # type: ignore[arg-type]
+
+
+def chosen(N: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Vectors of N tokens, their experts, and how much of each."""
+    expert = torch.rand(N, EXPERTS, device="cuda").topk(CHOSEN, -1).indices
+    return torch.randn(N, D, device="cuda").to(bf16), expert, torch.rand(N, CHOSEN, device="cuda")
+
+
 def experts(rows: list[int], formats: list[str]) -> Iterator[dict[str, Any]]:
     """All routed experts of a layer; each call chooses others. Then the whole layer, its shared expert in FP8, or bf16."""
     for format in formats:
-        few = [weight(format, 8, *s) for s in ((INNER, D), (INNER, D), (D, INNER))]
-        stacked = [tuple(None if t is None else repeated(t) for t in stored) for stored in few]
-        matrices, scales, scales_2 = zip(*stacked, strict=True)
-        one = sum(map(size, stacked)) / EXPERTS
+        matrices, scales, scales_2 = all_experts(format)
+        stored, one = (*matrices, 10.0, *scales, *scales_2), size((*matrices, *scales, *scales_2)) / EXPERTS
         for N in rows:
-            inputs, hit = [], 0
-            for _ in range(max(8, int(-(-STREAMED // (N * CHOSEN * one))))):
-                expert = torch.rand(N, EXPERTS, device="cuda").topk(CHOSEN, -1).indices
-                hit += len(expert.unique())
-                x, gate = torch.randn(N, D, device="cuda").to(bf16), torch.rand(N, CHOSEN, device="cuda")
-                inputs.append((x, expert, gate, *matrices, 10.0, *scales, *scales_2))
+            inputs = [(*chosen(N), *stored) for _ in range(max(8, int(-(-STREAMED // (N * CHOSEN * one)))))]
+            hit = sum(len(expert.unique()) for _, expert, *_ in inputs)
             us = microseconds({"ours": moe.target, "eager": moe.meaning}, inputs)
             us |= {"ours again": microseconds({"": moe.target}, inputs)[""]}
             wide = [a.double() if torch.is_tensor(a) and a.dtype in (bf16, torch.float32) else a for a in inputs[0][:3]]
-            error = wrong(moe(*inputs[0]).double(), moe.meaning(*wide, *inputs[0][3:]))
+            error = wrong(moe(*inputs[0]).double(), moe.meaning(*wide, *stored))
             yield dict(what="experts", format=format, rows=N, bytes=one * hit / len(inputs), us=us, error=error)
-            yield layer(format, N, tuple(inputs[0][3:]), one)
-        del stacked, matrices, scales, scales_2
+            yield layer(format, N, stored, one)
+        del matrices, scales, scales_2, stored, inputs
 
 
 def layer(format: str, N: int, stored: tuple[Any, ...], one: float) -> dict[str, Any]:
     """From the router's product to the sum of the routed experts and the shared one."""
+    whole, choose, dense = of_layer(format, stored)
+    inputs = [(torch.randn(N, D, device="cuda").to(bf16),) for _ in range(CALLS)]
+    hit = sum(len(choose(x)[0].unique()) for (x,) in inputs) / CALLS
+    us = microseconds({"ours": whole, "ours again": whole}, inputs, sweep=torch.empty(0, device="cuda"))
+    return dict(what="MoE", format=format, rows=N, bytes=one * hit + dense, us=us, error=0.0)
+
+
+def of_layer(format: str, stored: tuple[Any, ...]) -> tuple[Callable[..., Any], Callable[..., Any], int]:
+    """It, its choice of experts, and the bytes of what all tokens read."""
     wide = "bf16" if format == "bf16" else "fp8"
     gate, (w1, w3, w2) = weight("bf16", EXPERTS, D), (weight(wide, *s) for s in ((INNER, D), (INNER, D), (D, INNER)))
     bias = torch.rand(EXPERTS, device="cuda")
 
+    def choose(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return router(linear_wide(x, gate[0]), bias, CHOSEN, 1.5, 1e-20)
+
     def whole(x: torch.Tensor) -> torch.Tensor:
-        expert, share = router(linear_wide(x, gate[0]), bias, CHOSEN, 1.5, 1e-20)
+        expert, share = choose(x)
         h = swiglu(linear(x, *w1), linear(x, *w3), 10.0)
         return (moe(x, expert, share, *stored) + linear(h, *w2)).to(bf16)
 
-    inputs = [(torch.randn(N, D, device="cuda").to(bf16),) for _ in range(CALLS)]
-    hit = sum(len(router(linear_wide(x, gate[0]), bias, CHOSEN, 1.5, 1e-20)[0].unique()) for (x,) in inputs) / CALLS
-    us = microseconds({"ours": whole, "ours again": whole}, inputs, sweep=torch.empty(0, device="cuda"))
-    return dict(
-        what="MoE", format=format, rows=N, bytes=one * hit + sum(map(size, (gate, w1, w3, w2))), us=us, error=0.0
-    )
+    return whole, choose, sum(map(size, (gate, w1, w3, w2)))
+
+
+def prepare(rows: list[int], formats: list[str], layers: list[str], several: list[int]) -> None:
+    """Build all kernels."""
+    with FakeTensorMode(), collecting() as found:
+        for what, _, G, one in drawn(formats, layers):
+            for M in rows:
+                op, x = product(G, M, LAYERS[what][-1])
+                op.run(x, *one)
+        for format in formats if several else ():
+            matrices, scales, scales_2 = all_experts(format)
+            stored = (*matrices, 10.0, *scales, *scales_2)
+            whole, _, _ = of_layer(format, stored)
+            for N in several:
+                x, *choice = chosen(N)
+                moe.run(x, *choice, *stored)
+                whole(x)
+    if failed := once.build(list(dict.fromkeys(found))):
+        raise SystemExit(f"not built: {failed}")
 
 
 def repeated(t: torch.Tensor) -> torch.Tensor:
@@ -150,6 +195,8 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", default=["*"], metavar="GLOB")
     parser.add_argument("--json", type=Path)
     ask = parser.parse_args()
+    several = [n for n in ask.rows if n in (1, 8)] if any(fnmatch.fnmatch("experts", g) for g in ask.layers) else []
+    prepare(ask.rows, ask.formats, ask.layers, several)
     limits = ceilings()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {limits}", flush=True)
     table = Table(
@@ -167,7 +214,6 @@ def main() -> None:
     )
     found = []
     rows = products(ask.rows, ask.formats, ask.layers)
-    several = [n for n in ask.rows if n in (1, 8)] if any(fnmatch.fnmatch("experts", g) for g in ask.layers) else []
     for r in (*rows, *(experts(several, ask.formats) if several else ())):
         us, speed = r["us"], r["bytes"] / r["us"]["ours"] / 1e6
         other = us.get("cuBLAS", us.get("eager", 0.0))

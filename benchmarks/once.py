@@ -95,7 +95,7 @@ def main() -> int:
         if claimed is not None:
             out, many = op.target(*given.values()), many + 1
             torch.cuda.synchronize()
-            if not all(o.isfinite().all() for o in (out if isinstance(out, tuple) else (out,))):
+            if not all(o.float().isfinite().all() for o in (out if isinstance(out, tuple) else (out,))):
                 bad.append(name)
     print(f"{many} calls, {len(needed)} kernels of {len(reached)} kinds; not finite: {bad}")
     print(f"no call reaches: {sorted(missed)}; not built: {failed}")

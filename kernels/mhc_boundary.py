@@ -4,6 +4,9 @@ A cluster of blocks has a token. Each block has some columns of all streams and 
 belong to them, in registers, so that it can serve the next token as well. Sums that all columns share (the mixture and two
 sums of squares) are written into the shared memory of every block of the cluster and added up there, always in the same
 order. A warp of its own runs Sinkhorn's iterations while the others norm.
+
+Columns are divided into pieces. With few tokens a block has one of them, with more two, and does with each what two blocks
+would: a token's bits do not depend on how many there are.
 """
 
 import operator
@@ -14,13 +17,13 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 
-from dsv4_compile.kernel import Kernel, fake, few, of_tokens, stream
+from dsv4_compile.kernel import Kernel, by_twos, fake, few, stream
 from dsv4_compile.kernels import mhc
 from dsv4_compile.kernels import warps as of_warp
 from dsv4_compile.kernels.mhc import DTYPES, VECTOR
 
 BLOCKS = 128  # at most; a cluster serves several tokens where there are more
-HELD = 4  # rows of fn that stay in registers where a block has more threads than these two numbers allow all of them
+HELD = 5  # rows of fn that stay in registers where a block has more threads than these two numbers allow all of them
 MANY, WIDEST = 256, 512  # threads that hold columns
 
 
@@ -37,16 +40,22 @@ class Shape(mhc.Shape):
 
 @dataclass(frozen=True)
 class Config:
-    """splits: blocks of a cluster."""
+    """splits: blocks of a cluster. parts: pieces of a block."""
 
     splits: int
+    parts: int = 1
+
+    @property
+    def pieces(self) -> int:
+        """What the order of sums depends on."""
+        return self.splits * self.parts
 
     def groups(self, shape: Shape) -> int:
-        """Vectors of a stream that a block has."""
-        return -(-shape.D // (VECTOR * self.splits))
+        """Vectors of a stream that a piece has."""
+        return -(-shape.D // (VECTOR * self.pieces))
 
     def threads(self, shape: Shape) -> int:
-        """That hold columns: one vector of one stream each."""
+        """Of a piece, that hold columns: one vector of one stream each."""
         return -(-shape.n * self.groups(shape) // 32) * 32
 
 
@@ -55,10 +64,11 @@ class Boundary:
         self.n, self.D, self.rows, self.iters, self.taken = shape.n, shape.D, shape.rows, shape.iters, shape.taken
         self.dtype, self.weight = DTYPES[shape.dtype], DTYPES.get(shape.weight)
         self.settled = shape.settled
-        self.splits, self.groups, self.threads = config.splits, config.groups(shape), config.threads(shape)
+        self.splits, self.parts, self.pieces = config.splits, config.parts, config.pieces
+        self.groups, self.threads = config.groups(shape), config.threads(shape)
         self.warps = self.threads // 32
-        self.held = self.rows if self.threads <= MANY else min(self.rows, HELD)
-        self.columns = VECTOR * self.groups  # of a block
+        self.held = self.rows if self.threads * self.parts <= MANY else min(self.rows, HELD)
+        self.columns = VECTOR * self.groups  # of a piece
         self.loops = -(-self.columns // self.threads)
 
     @cute.jit
@@ -70,7 +80,7 @@ class Boundary:
             X, y, post, comb, fn, base, scale, weight, eps, rms_eps, norm_eps, streams, x, new_post, new_comb
         ).launch(
             grid=[self.splits, clusters, 1],
-            block=[self.threads + 32, 1, 1],
+            block=[self.threads * self.parts + 32, 1, 1],
             cluster=[self.splits, 1, 1],
             stream=stream,
             use_pdl=True,
@@ -82,17 +92,26 @@ class Boundary:
         rank, cluster, _ = cute.arch.block_idx()
         _, clusters, _ = cute.arch.grid_dim()
         n, G, rows = self.n, self.groups, self.rows
-        warp, lane = thread // 32, thread % 32
+        lane = thread % 32
+        part = cutlass.min(thread // self.threads, self.parts - 1)
+        thread, piece = (
+            thread - part * self.threads,
+            rank * self.parts + part,
+        )  # the warp of its own is behind the last part's
+        warp = thread // 32
         memory = cutlass.memory.SmemAllocator()
-        of_warps = memory.allocate_tensor(Float32, cute.make_layout((self.warps, 32), stride=(32, 1)), 16)
+        of_warps = memory.allocate_tensor(Float32, cute.make_layout((self.parts * self.warps, 32), stride=(32, 1)), 16)
         mixes = memory.allocate_tensor(
-            Float32, cute.make_layout((2, self.splits, 32), stride=(32 * self.splits, 32, 1)), 16
+            Float32, cute.make_layout((2, self.pieces, 32), stride=(32 * self.pieces, 32, 1)), 16
         )
-        squares = memory.allocate_tensor(Float32, cute.make_layout((self.splits * self.warps,)), 16)
-        kept = memory.allocate_tensor(self.dtype, cute.make_layout((n, self.columns), stride=(self.columns, 1)), 16)
+        squares = memory.allocate_tensor(Float32, cute.make_layout((self.pieces * self.warps,)), 16)
+        kept = memory.allocate_tensor(
+            self.dtype, cute.make_layout((self.parts, n, self.columns), stride=(n * self.columns, self.columns, 1)), 16
+        )[part, None, None]
         # what blocks send each other is counted: mixtures of every other token, as one block may be a token ahead, and squares
         arrived = memory.allocate_tensor(Int64, cute.make_layout((3,)), 8).iterator
-        if thread == 0:
+        first = piece == rank * self.parts and thread == 0
+        if first:
             for i in cutlass.range_constexpr(3):
                 cute.arch.mbarrier_init(arrived + i, 1)
             cute.arch.mbarrier_init_fence()
@@ -100,7 +119,7 @@ class Boundary:
 
         # this thread's vector: the `own`th of stream k
         k, g = thread // G, thread % G
-        own = rank * G + g
+        own = piece * G + g
         holds = k < n and own < self.D // VECTOR
         if const_expr(not self.settled):
             cute.arch.griddepcontrol_wait()
@@ -114,8 +133,8 @@ class Boundary:
         if const_expr(self.weight is not None):
             for i in cutlass.range_constexpr(self.loops):
                 c = i * self.threads + thread
-                if c < self.columns and rank * self.columns + c < self.D:
-                    weights[i] = weight[rank * self.columns + c].to(Float32)
+                if self.has(piece, c):
+                    weights[i] = weight[piece * self.columns + c].to(Float32)
         bases = Float32(0.0)
         scales = Float32(0.0)
         if lane < rows:
@@ -129,18 +148,18 @@ class Boundary:
         turn = Int32(0)
         for token in cutlass.range(cluster, X.shape[0], clusters, unroll=1):
             side = turn % 2
-            if thread == 0:
-                cute.arch.mbarrier_arrive_and_expect_tx(arrived + side, 4 * self.splits * (rows + 1))
+            if first:
+                cute.arch.mbarrier_arrive_and_expect_tx(arrived + side, 4 * self.pieces * (rows + 1))
                 if const_expr(self.weight is not None):
-                    cute.arch.mbarrier_arrive_and_expect_tx(arrived + 2, 4 * self.splits * self.warps)
+                    cute.arch.mbarrier_arrive_and_expect_tx(arrived + 2, 4 * self.pieces * self.warps)
             f = self.take_up(X, y, post, comb, streams, kept, token, k, g, own, holds)
             here = mixes[side, None, None]
-            self.share(self.mixed(f, F, fn, k, own, holds), of_warps, here, arrived + side, rank, thread, warp, lane)
+            self.share(self.mixed(f, F, fn, k, own, holds), of_warps, here, arrived + side, rank, part, warp, lane)
             of_warp.wait_for_sent((arrived + side).toint(), turn // 2 % 2)
 
             total = Float32(0.0)  # lane m: of row m, and behind the last the sum of squares
-            for b in cutlass.range_constexpr(self.splits):
-                total += here[b, lane]
+            for p in cutlass.range_constexpr(self.pieces):
+                total += here[p, lane]
             r = cute.math.rsqrt(cute.arch.shuffle_sync(total, rows) / Float32(n * self.D) + rms_eps)
             mix = total * r * scales + bases
             pre = cute.make_rmem_tensor((n,), Float32)
@@ -150,10 +169,11 @@ class Boundary:
             square = Float32(0.0)
             for i in cutlass.range_constexpr(self.loops):
                 columns[i] = Float32(0.0)
-                if thread < self.threads and i * self.threads + thread < self.columns:
+                place = i * self.threads + thread
+                if thread < self.threads and self.has(piece, place):
                     collapsed = Float32(0.0)
                     for j in cutlass.range_constexpr(n):
-                        collapsed += pre[j] * kept[j, i * self.threads + thread].to(Float32)
+                        collapsed += pre[j] * kept[j, place].to(Float32)
                     columns[i] = collapsed.to(self.dtype).to(Float32)
                 square += columns[i] * columns[i]
             norm = Float32(1.0)
@@ -162,28 +182,33 @@ class Boundary:
                 if warp < self.warps and lane < self.splits:
                     to = of_warp.of_block(squares.iterator.toint(), lane)
                     counted = of_warp.of_block((arrived + 2).toint(), lane)
-                    of_warp.send(to + 4 * (rank * self.warps + warp), square, counted)
+                    of_warp.send(to + 4 * (piece * self.warps + warp), square, counted)
             if const_expr(self.iters > 0):
                 if warp == self.warps and rank == 0:
                     self.coefficients(mix, eps, new_post, new_comb, token, lane)
             if const_expr(self.weight is not None):
                 of_warp.wait_for_sent((arrived + 2).toint(), turn % 2)
                 square = Float32(0.0)
-                for i in cutlass.range_constexpr(-(-self.splits * self.warps // 32)):
-                    if i * 32 + lane < self.splits * self.warps:
+                for i in cutlass.range_constexpr(-(-self.pieces * self.warps // 32)):
+                    if i * 32 + lane < self.pieces * self.warps:
                         square += squares[i * 32 + lane]
                 square = cute.arch.warp_reduction(square, operator.add)
                 norm = cute.math.rsqrt(square / Float32(self.D) + norm_eps)
             for i in cutlass.range_constexpr(self.loops):
                 place = i * self.threads + thread
-                if thread < self.threads and place < self.columns and rank * self.columns + place < self.D:
+                if thread < self.threads and self.has(piece, place):
                     out = columns[i]
                     if const_expr(self.weight is not None):
                         out = out * norm * weights[i]
-                    x[token, rank * self.columns + place] = out.to(self.dtype)
+                    x[token, piece * self.columns + place] = out.to(self.dtype)
             if const_expr(self.weight is None):  # `kept` is read to its end before the next token's is written
                 cute.arch.barrier()
             turn = turn + 1
+
+    def has(self, piece, column):
+        """Whether a piece has a column; the last ones may have fewer, or none."""
+        of_piece = column < self.columns
+        return of_piece if self.D == self.pieces * self.columns else of_piece & (piece * self.columns + column < self.D)
 
     @cute.jit
     def take_up(self, X, y, post, comb, streams, kept, token, k, g, own, holds):
@@ -218,35 +243,45 @@ class Boundary:
     @cute.jit
     def mixed(self, f, F, fn, k, own, holds):
         """Lane m: the warp's sum of row m of the mixture, behind the last row that of squares."""
-        sums = cute.make_rmem_tensor((32,), Float32)
-        sums.fill(0.0)
-        numbers = f.load()
-        for m in cutlass.range_constexpr(self.rows):
-            if const_expr(m < self.held):
-                sums[m] = (numbers * F[None, m].load()).reduce(cute.ReductionOp.ADD, init_val=0.0, reduction_profile=0)
-            else:
-                if holds:
-                    of_row = cute.make_rmem_tensor((VECTOR,), Float32)
-                    self.row(fn, m, k, own, of_row)
-                    sums[m] = (numbers * of_row.load()).reduce(cute.ReductionOp.ADD, init_val=0.0, reduction_profile=0)
-        sums[self.rows] = (numbers * numbers).reduce(cute.ReductionOp.ADD, init_val=0.0, reduction_profile=0)
+        sums = cute.make_rmem_tensor((16,), Float32)
+        for m in cutlass.range_constexpr(16):
+            low, high = (self.product(f, F, fn, k, own, holds, of) for of in (m, m + 16))
+            sums[m] = of_warp.fold(low, high, 16)  # at once, for registers' sake
         return of_warp.sum_each(sums)
 
     @cute.jit
-    def share(self, total, of_warps, mixes, arrived, rank, thread, warp, lane):
-        """Add up the warps' sums and write them into every block."""
+    def product(self, f, F, fn, k, own, holds, m: cutlass.Constexpr):
+        """A thread's part of row m of the mixture; behind the last one of the sum of squares."""
+        found = Float32(0.0)
+        numbers = f.load()
+        if const_expr(m < self.held):
+            found = (numbers * F[None, m].load()).reduce(cute.ReductionOp.ADD, init_val=0.0, reduction_profile=0)
+        elif const_expr(m < self.rows):
+            if holds:
+                of_row = cute.make_rmem_tensor((VECTOR,), Float32)
+                self.row(fn, m, k, own, of_row)
+                found = (numbers * of_row.load()).reduce(cute.ReductionOp.ADD, init_val=0.0, reduction_profile=0)
+        elif const_expr(m == self.rows):
+            found = (numbers * numbers).reduce(cute.ReductionOp.ADD, init_val=0.0, reduction_profile=0)
+        return found
+
+    @cute.jit
+    def share(self, total, of_warps, mixes, arrived, rank, part, warp, lane):
+        """Add up the sums of a piece's warps and write them into every block."""
         if warp < self.warps:
-            of_warps[warp, lane] = total
+            of_warps[part * self.warps + warp, lane] = total
         cute.arch.barrier()
-        for i in cutlass.range_constexpr(-(-self.splits // (self.warps + 1))):
-            block = i * (self.warps + 1) + warp
-            if block < self.splits and lane <= self.rows:
+        warps = self.parts * self.warps + 1
+        for i in cutlass.range_constexpr(-(-self.pieces // warps)):
+            job = i * warps + part * self.warps + warp
+            block, of_part = job // self.parts, job % self.parts
+            if job < self.pieces and lane <= self.rows:
                 total = Float32(0.0)
                 for w in cutlass.range_constexpr(self.warps):
-                    total += of_warps[w, lane]
+                    total += of_warps[of_part * self.warps + w, lane]
                 to = of_warp.of_block(mixes.iterator.toint(), block)
                 counted = of_warp.of_block(arrived.toint(), block)
-                of_warp.send(to + 4 * (rank * 32 + lane), total, counted)
+                of_warp.send(to + 4 * ((rank * self.parts + of_part) * 32 + lane), total, counted)
 
     @cute.jit
     def coefficients(self, mix, eps, post, comb, token, lane):
@@ -324,15 +359,20 @@ def program(shape: Shape, config: Config):
 
 
 def configs(shape: Shape) -> Iterator[Config]:
-    """One token's: 16 processors read, some 256 threads on each hold what they read."""
     return iter(rank(shape, (1,)))
 
 
 def rank(shape: Shape, work: tuple[int, ...]) -> list[Config]:
-    """The class of token counts asks for clusters that all fit at once: beyond 4 of 16 blocks, some wait."""
+    """One token's: 16 processors read, some 256 threads on each hold what they read. The class of token counts asks for
+    clusters that all fit at once: beyond 4 of 16 blocks, some wait."""
     valid = [c for c in map(Config, (1, 2, 4, 8, 16)) if c.threads(shape) <= WIDEST]
-    best = 256 if work[0] <= 4 else 512
-    return sorted(valid, key=lambda c: (abs(c.threads(shape) - best), c.splits))
+    alone = min(valid, key=lambda c: abs(c.threads(shape) - MANY), default=None)
+    if alone is None:
+        return []
+    found = [alone]
+    if alone.splits > 1 and 2 * alone.threads(shape) <= WIDEST:
+        found += [Config(alone.splits // 2, 2)]
+    return found if work[0] <= 4 else found[::-1]
 
 
 def most_tokens() -> int:
@@ -345,4 +385,4 @@ BOUNDARY = Kernel("mhc_boundary", __file__, program, configs, rank)
 
 def launch(shape: Shape, *arguments) -> None:
     """See `program`."""
-    BOUNDARY.launcher(shape, work=(of_tokens(arguments[0].shape[0]),))(*arguments)
+    BOUNDARY.launcher(shape, work=(by_twos(arguments[0].shape[0]),))(*arguments)

@@ -163,15 +163,20 @@ def sigmoid(x):
 
 
 @cute.jit
+def fold(low, high, half: cutlass.Constexpr):
+    """A lane's sum with that of the lane `half` away: of `low` where that bit of its number is 0, else of `high`."""
+    keep, give = low, high
+    if cute.arch.lane_idx() & half != 0:
+        keep, give = give, keep
+    return keep + cute.arch.shuffle_sync_bfly(give, half)
+
+
+@cute.jit
 def sum_each(sums):
-    """32 sums over the lanes of a warp at once, always in the same order: lane m gets that of sums[m]; `sums` is used up."""
-    lane = cute.arch.lane_idx()
-    for step in cutlass.range_constexpr(5):
-        half = 16 >> step
-        upper = lane & half
+    """16 sums over lanes of a warp whose numbers differ in four bits, always in the same order: a lane gets that of sums[m], m
+    its number mod 16; `sums` is used up."""
+    for step in cutlass.range_constexpr(4):
+        half = 8 >> step
         for i in cutlass.range_constexpr(half):
-            keep, give = sums[i], sums[i + half]
-            if upper != 0:
-                keep, give = give, keep
-            sums[i] = keep + cute.arch.shuffle_sync_bfly(give, half)
+            sums[i] = fold(sums[i], sums[i + half], half)
     return sums[0]

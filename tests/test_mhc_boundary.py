@@ -1,6 +1,7 @@
 """mHC between two blocks: the ops against the reference model's modules in fp64, and what raises to them."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -206,17 +207,19 @@ def test_the_kernel_is_the_meaning(lead, n, D, dtype, kernel_parity):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("D", [192, 200])
 @pytest.mark.parametrize("lead", [(1,), (5,), (16,)], ids=str)
-def test_every_configuration_and_a_last_collapse(lead, monkeypatch, poisoned):
-    """Clusters of each size, which may serve several tokens in turn, and the form without coefficients."""
-    from dsv4_compile.kernels.mhc_boundary import BOUNDARY, configs
+def test_every_division_and_a_last_collapse(lead, D, monkeypatch, poisoned):
+    """Clusters of each size, which may serve several tokens in turn, and the form without coefficients. Who has which pieces
+    does not matter to the bits; the last ones lack columns, or have none."""
+    from dsv4_compile.kernels.mhc_boundary import BOUNDARY, Config
 
-    n, D = 4, 192
+    n, alike = 4, {}
     tensors, numbers, want = case(lead, n, D, torch.float32)
     head = (torch.randn(n, n * D), torch.randn(n), torch.randn(1), tensors[-1])
     collapsed = mhc_head.meaning(*(t.double() for t in (tensors[0], *head[:3])), 1e-3, 1e-2)
     normed = rms_norm.meaning(collapsed, head[3].double(), NORM_EPS)
-    for config in configs(shape_of(n, D)):
+    for config in (Config(splits, parts) for parts in (1, 2) for splits in (1, 2, 4, 8, 16)):
         monkeypatch.setattr(BOUNDARY, "choice", lambda shape, work=(), config=config: config)
         got = mhc_boundary(*(t.cuda() for t in tensors), *numbers)
         for g, w in zip(got, want, strict=True):
@@ -224,6 +227,20 @@ def test_every_configuration_and_a_last_collapse(lead, monkeypatch, poisoned):
         _, x, post, comb = in_one_launch(*(t.cuda() for t in (tensors[0], *head)), 0, 1e-3, 1e-2, NORM_EPS)
         assert post is None and comb is None
         torch.testing.assert_close(x.cpu().double(), normed, rtol=1e-4, atol=1e-4)
+        for g, w in zip((*got, x), alike.setdefault(config.pieces, (*got, x)), strict=True):
+            assert torch.equal(g, w)
+
+
+@pytest.mark.skipif(find_spec("cutlass") is None, reason="kernels need CuTeDSL")
+@pytest.mark.parametrize("D", [64, 192, 2048, 4096, 5120, 7168])
+def test_columns_are_divided_alike_for_any_number_of_tokens(D):
+    from dsv4_compile.kernels.mhc_boundary import configs, rank
+
+    shape = shape_of(4, D)
+    by_count = [rank(shape, (count,)) for count in (1, 2, 4, 8, 16, 64)]
+    assert len({c.pieces for found in by_count for c in found}) == 1
+    assert all({*found} == {*configs(shape)} for found in by_count)
+    assert by_count[0][0].parts == 1 and by_count[3][0].splits <= (8 if D < 5120 else 16)
 
 
 def shape_of(n, D):
