@@ -21,7 +21,7 @@ from cutlass import BFloat16, Float32, Int32, Int64, const_expr
 from dsv4_compile.kernel import Kernel, alike, by_twos, fake, rounded
 from dsv4_compile.kernels import attention_exact, attention_inputs, attention_wide
 from dsv4_compile.kernels import warps as of_warp
-from dsv4_compile.kernels.attention_cost import JUDGED, PROCESSORS, of_one, usable
+from dsv4_compile.kernels.attention_cost import PROCESSORS, excess, of_one, usable
 from dsv4_compile.kernels.attention_inputs import Rows, arguments, named
 
 LOG2E = math.log2(math.e)
@@ -511,14 +511,15 @@ def wider(shape: Shape, work: tuple[int, ...], alike: bool = False) -> bool:
     wide = attention_wide.Shape(**asdict(shape))
     if not attention_wide.takes(wide):
         return False
+
+    def us(by_warpgroups: bool, tokens: int) -> float:
+        asked = tokens, work[1]
+        return attention_wide.least(wide, asked) if by_warpgroups else estimate(shape, rank(shape, asked)[0], *asked)
+
     if not alike:
-        return attention_wide.least(wide, work) < estimate(shape, rank(shape, work)[0], *work)
-    ours, theirs = [], []
-    for tokens in JUDGED:
-        us = estimate(shape, rank(shape, (tokens, work[1]))[0], tokens, work[1])
-        of_theirs = attention_wide.least(wide, (tokens, work[1]))
-        ours, theirs = [*ours, us / min(us, of_theirs)], [*theirs, of_theirs / min(us, of_theirs)]
-    return max(theirs) < max(ours)
+        return us(True, work[0]) < us(False, work[0])
+    worst = excess((False, True), us, bool)
+    return worst[True] < worst[False]
 
 
 def launch(shape: Shape, dtype: str, warpgroups: bool, *arguments) -> None:

@@ -38,22 +38,22 @@ def estimate(shape, config, tokens: int, rows: int) -> float:
 JUDGED = (1, 2, 4, 8)  # numbers of tokens that a division is judged by
 
 
-def excess(found: Sequence[Any], judge: Callable[[Any, int], float]) -> dict[Any, float]:
-    """By division, whose configurations give the same bits: how much longer, at the worst of these numbers of tokens, its best
-    one takes than the best of all. judge: microseconds of a configuration."""
+def excess(found: Sequence[Any], judge: Callable[[Any, int], float], kind: Callable[[Any], Any]) -> dict[Any, float]:
+    """By kind: how much longer, at the worst of these numbers of tokens, the best of it takes than the best of all. judge:
+    microseconds of one for so many."""
     worst: dict[Any, float] = {}
     for tokens in JUDGED:
         best: dict[Any, float] = {}
-        for config in found:
-            us = judge(config, tokens)
-            best[config.division] = min(us, best.get(config.division, us))
+        for one in found:
+            us = judge(one, tokens)
+            best[kind(one)] = min(us, best.get(kind(one), us))
         least = min(best.values())
-        worst = {division: max(us / least, worst.get(division, 0.0)) for division, us in best.items()}
+        worst = {of: max(us / least, worst.get(of, 0.0)) for of, us in best.items()}
     return worst
 
 
 def of_one(found: Sequence[Any], judge: Callable[[Any, int], float]) -> list[Any]:
-    """Those of the division whose excess is least."""
-    worst = excess(found, judge)
+    """Configurations of the division, within which all give the same bits, whose excess is least."""
+    worst = excess(found, judge, lambda config: config.division)
     chosen = min(worst, key=lambda division: worst[division])
     return [config for config in found if config.division == chosen]

@@ -17,8 +17,9 @@ The ops of a decode step that add numbers, and what the order depends on apart f
     indexer                                 nothing: sums over heads in one order, and the choice is exact
     rms_norm, unit_norm, norm_rope, append  warps of a row, by the class of counts [one class]
     prologue, compressor(_append)           nothing: configured without a look at the count
-    mhc_enter, mhc_boundary, head           blocks of a cluster, by the class; beyond 16 tokens their parts run
-                                                [one class, one launch up to 64 tokens]
+    mhc_enter, mhc_boundary                 pieces of a row, the same for all counts; beyond 16 tokens their parts run
+                                                [one launch up to 64 tokens]
+    head                                    as these, and a product
     mhc_pre, mhc_post                       nothing: all pieces of a row are of one size
 
 At one number of tokens, a token's bits depend neither on its slot nor on its neighbours: vectors are columns of an operand,

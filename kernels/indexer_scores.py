@@ -124,7 +124,8 @@ class Scores:
             here, by = self.load(keys, request, first, lane), self.factor(scales, request, first, lane)
         if const_expr(self.early):
             cute.arch.cp_async_wait_group(self.stages - 1)
-            taken = [self.taken(ahead + self.own_tile(i, warp) * self.asked_bytes, lane) for i in range(len(raw))]
+            tiles = [self.own_tile(i, warp) for i in range(self.turns_of_warps)]
+            taken = [self.taken(ahead + t * self.asked_bytes, lane) for t in tiles]
             heads = [self.prepared(words, of_lane, lane) for words, of_lane in taken]
         else:
             heads = [self.prepared(x, turns, lane) for x in raw]
@@ -277,14 +278,11 @@ class Scores:
         return words, turns
 
     def ask(self, q, w, cos, sin, token, thread):
-        """Start to load what `score` needs of a token: what a lane has of the heads, of its warp's or of all; cosines and
-        sines; weights of these heads, or the thread's."""
+        """Start to load what `score` needs of a token: what a lane has of the heads, of its warp's or of all, and cosines and
+        sines, but for what `ask_ahead` has asked for; weights of these heads, or the thread's."""
         lane, warp = thread % 32, cute.arch.make_warp_uniform(thread // 32)
         tiles = [self.own_tile(i, warp) for i in range(self.turns_of_warps)] if self.grouped else range(self.tiles)
-        if self.early:
-            raw = [None for _ in tiles]
-        else:
-            raw = [self.eight_heads(q, token, lane, t) for t in tiles]
+        raw = [] if self.early else [self.eight_heads(q, token, lane, t) for t in tiles]
         heads = [8 * t + lane // 4 for t in tiles] if self.codes else [thread]
         weights = [w[token, cutlass.min(head, self.h - 1)].to(Float32) for head in heads]
         return raw, {} if self.early else self.turns(cos, sin, token, lane), weights

@@ -94,11 +94,8 @@ class Boundary:
         n, G, rows = self.n, self.groups, self.rows
         lane = thread % 32
         part = cutlass.min(thread // self.threads, self.parts - 1)
-        thread, piece = (
-            thread - part * self.threads,
-            rank * self.parts + part,
-        )  # the warp of its own is behind the last part's
-        warp = thread // 32
+        thread = thread - part * self.threads  # of the part, behind the last of which the warp of its own is
+        warp, piece = thread // 32, rank * self.parts + part
         memory = cutlass.memory.SmemAllocator()
         of_warps = memory.allocate_tensor(Float32, cute.make_layout((self.parts * self.warps, 32), stride=(32, 1)), 16)
         mixes = memory.allocate_tensor(
@@ -110,7 +107,7 @@ class Boundary:
         )[part, None, None]
         # what blocks send each other is counted: mixtures of every other token, as one block may be a token ahead, and squares
         arrived = memory.allocate_tensor(Int64, cute.make_layout((3,)), 8).iterator
-        first = piece == rank * self.parts and thread == 0
+        first = part == 0 and thread == 0
         if first:
             for i in cutlass.range_constexpr(3):
                 cute.arch.mbarrier_init(arrived + i, 1)
