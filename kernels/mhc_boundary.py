@@ -108,11 +108,12 @@ class Boundary:
         # what blocks send each other is counted: mixtures of every other token, as one block may be a token ahead, and squares
         arrived = memory.allocate_tensor(Int64, cute.make_layout((3,)), 8).iterator
         first = part == 0 and thread == 0
-        if first:
-            for i in cutlass.range_constexpr(3):
-                cute.arch.mbarrier_init(arrived + i, 1)
-            cute.arch.mbarrier_init_fence()
-        cute.arch.cluster_arrive_relaxed()  # waited for before the first write into another block
+        if const_expr(self.splits > 1):
+            if first:
+                for i in cutlass.range_constexpr(3):
+                    cute.arch.mbarrier_init(arrived + i, 1)
+                cute.arch.mbarrier_init_fence()
+            cute.arch.cluster_arrive_relaxed()  # waited for before the first write into another block
 
         # this thread's vector: the `own`th of stream k
         k, g = thread // G, thread % G
@@ -140,19 +141,21 @@ class Boundary:
         if const_expr(self.settled):
             cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
-        cute.arch.cluster_wait()
+        if const_expr(self.splits > 1):
+            cute.arch.cluster_wait()
 
         turn = Int32(0)
         for token in cutlass.range(cluster, X.shape[0], clusters, unroll=1):
             side = turn % 2
-            if first:
-                cute.arch.mbarrier_arrive_and_expect_tx(arrived + side, 4 * self.pieces * (rows + 1))
-                if const_expr(self.weight is not None):
-                    cute.arch.mbarrier_arrive_and_expect_tx(arrived + 2, 4 * self.pieces * self.warps)
+            if const_expr(self.splits > 1):
+                if first:
+                    cute.arch.mbarrier_arrive_and_expect_tx(arrived + side, 4 * self.pieces * (rows + 1))
+                    if const_expr(self.weight is not None):
+                        cute.arch.mbarrier_arrive_and_expect_tx(arrived + 2, 4 * self.pieces * self.warps)
             f = self.take_up(X, y, post, comb, streams, kept, token, k, g, own, holds)
             here = mixes[side, None, None]
             self.share(self.mixed(f, F, fn, k, own, holds), of_warps, here, arrived + side, rank, part, warp, lane)
-            of_warp.wait_for_sent((arrived + side).toint(), turn // 2 % 2)
+            self.wait_for_given(arrived + side, turn // 2 % 2)
 
             total = Float32(0.0)  # lane m: of row m, and behind the last the sum of squares
             for p in cutlass.range_constexpr(self.pieces):
@@ -177,14 +180,12 @@ class Boundary:
             if const_expr(self.weight is not None):
                 square = cute.arch.warp_reduction(square, operator.add)
                 if warp < self.warps and lane < self.splits:
-                    to = of_warp.of_block(squares.iterator.toint(), lane)
-                    counted = of_warp.of_block((arrived + 2).toint(), lane)
-                    of_warp.send(to + 4 * (piece * self.warps + warp), square, counted)
+                    self.give(squares, piece * self.warps + warp, square, lane, arrived + 2)
             if const_expr(self.iters > 0):
                 if warp == self.warps and rank == 0:
                     self.coefficients(mix, eps, new_post, new_comb, token, lane)
             if const_expr(self.weight is not None):
-                of_warp.wait_for_sent((arrived + 2).toint(), turn % 2)
+                self.wait_for_given(arrived + 2, turn % 2)
                 square = Float32(0.0)
                 for i in cutlass.range_constexpr(-(-self.pieces * self.warps // 32)):
                     if i * 32 + lane < self.pieces * self.warps:
@@ -276,9 +277,22 @@ class Boundary:
                 total = Float32(0.0)
                 for w in cutlass.range_constexpr(self.warps):
                     total += of_warps[of_part * self.warps + w, lane]
-                to = of_warp.of_block(mixes.iterator.toint(), block)
-                counted = of_warp.of_block(arrived.toint(), block)
-                of_warp.send(to + 4 * ((rank * self.parts + of_part) * 32 + lane), total, counted)
+                self.give(mixes, (rank * self.parts + of_part) * 32 + lane, total, block, arrived)
+
+    def give(self, to, place, number, block, arrived):
+        """Write a number into what a block of the cluster has as `to`, and count its bytes there."""
+        address = to.iterator.toint() + 4 * place
+        if self.splits > 1:
+            of_warp.send(of_warp.of_block(address, block), number, of_warp.of_block(arrived.toint(), block))
+        else:
+            of_warp.store(address, number)
+
+    def wait_for_given(self, arrived, phase):
+        """Until all have written what this block expects of a token."""
+        if self.splits > 1:
+            of_warp.wait_for_sent(arrived.toint(), phase)
+        else:
+            cute.arch.barrier()
 
     @cute.jit
     def coefficients(self, mix, eps, post, comb, token, lane):

@@ -66,8 +66,8 @@ def of_block(address, block):
 
 
 def send(address, word, barrier):
-    """A number of 32 bits into shared memory of another block, whose barrier counts the bytes; both addresses as `of_block`
-    gives them. Nobody waits for memory, as at a barrier of the cluster."""
+    """A number of 32 bits into shared memory of a block of a cluster of several, whose barrier counts the bytes; both addresses
+    as `of_block` gives them. Nobody waits for memory, as at a barrier of the cluster."""
     text = "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [{$r0}], {$r1}, [{$r2}];"
     cute.arch.inline_ptx(text, read_only_args=[address, word, barrier])
 
@@ -111,6 +111,11 @@ def load_integer(address):
 
 def load_byte(address):
     return cute.arch.inline_ptx("ld.shared.u8 {$w0}, [{$r0}];", write_only_types=[Int32], read_only_args=[address])
+
+
+def store(address, word):
+    """A number of 32 bits into this block's shared memory."""
+    cute.arch.inline_ptx("st.shared.b32 [{$r0}], {$r1};", read_only_args=[address, word])
 
 
 def store_four(address, words):
