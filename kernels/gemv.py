@@ -21,7 +21,8 @@ from dsv4_compile.kernels.stream import DTYPES, ROWS, Config, Stream, Work, kind
 @dataclass(frozen=True)
 class Shape:
     """y[g, m] = W[g] x[g, m]: G groups of R rows of K columns. `dtype` of x and `out` of y: bf16 or fp32; `format` of the
-    weight as in `stored.BITS`, e8m0: whether fp8's scales are bytes. M at most 8; rows of the weight 16-byte aligned."""
+    weight as in `stored.BITS`, e8m0: whether fp8's scales are bytes. M at most 8; rows of the weight 16-byte aligned. by_token:
+    x and y have all groups of a token side by side."""
 
     M: int
     G: int
@@ -31,6 +32,7 @@ class Shape:
     e8m0: bool
     dtype: str
     out: str
+    by_token: bool = False
 
     @property
     def work(self) -> Work:
@@ -40,7 +42,7 @@ class Shape:
 class Linear(Stream):
     def __init__(self, shape: Shape, config: Config):
         super().__init__(shape.work, config)
-        self.G, self.R, self.out = shape.G, shape.R, DTYPES[shape.out]
+        self.G, self.R, self.out, self.by_token = shape.G, shape.R, DTYPES[shape.out], shape.by_token
         self.scale_row, self.scale_matrix = self.format.scale_bytes(shape.G * shape.R, shape.K)
         self.alike = self.alike and (shape.G == 1 or shape.R % 8 == 0)
         self.vectors_first = self.long_to_stage
@@ -64,9 +66,13 @@ class Linear(Stream):
 
     @cute.jit
     def put(self, tile, m, row, value):
-        y = self.y
+        y = self.of_group(self.y, self.group)
         if tile * self.rows_of_tile + row < self.R:
-            y[self.group, m, tile * self.rows_of_tile + row] = (value * self.by).to(self.out)
+            y[m, tile * self.rows_of_tile + row] = (value * self.by).to(self.out)
+
+    def of_group(self, x, group):
+        """Vectors, or results: [M, numbers]."""
+        return x[None, group, None] if self.by_token else x[group, None, None]
 
     @cute.jit
     def fetch_ahead(self, thread):
@@ -86,7 +92,7 @@ class Linear(Stream):
             self.scale_at = scale.iterator.toint()
         self.begin(thread, block)
         self.enter(thread, early)
-        self.stage_vectors(x[group, None, None], None, thread)
+        self.stage_vectors(self.of_group(x, group), None, thread)
         self.by = Float32(self.back)
         if const_expr(scale_2 is not None):
             self.by = self.by * scale_2[0]
@@ -96,14 +102,16 @@ class Linear(Stream):
 
 def program(shape: Shape, config: Config):
     """x [G, M, K], weight [G R, row] of 32-bit words, scale (bytes, or fp32) or None, scale_2 [1] fp32 or None
-    -> y [G, M, R]. early, 0 or 1: whether no launch that may still run writes what is read, but for x."""
+    -> y [G, M, R]; by_token: x [M, G, K] -> y [M, G, R]. early, 0 or 1: whether no launch that may still run writes what is
+    read, but for x."""
     words = stored.Format(shape.format).row_bytes(shape.K) // 4
+    lead = (shape.M, shape.G) if shape.by_token else (shape.G, shape.M)
     arguments = (
-        fake(DTYPES[shape.dtype], shape.G, shape.M, shape.K),
+        fake(DTYPES[shape.dtype], *lead, shape.K),
         fake(Int32, shape.G * shape.R, words),
         scale_argument(shape.format, shape.e8m0),
         fake(Float32, 1, align=4) if shape.format == "nvfp4" else None,
-        fake(DTYPES[shape.out], shape.G, shape.M, shape.R, align=DTYPES[shape.out].width // 8),
+        fake(DTYPES[shape.out], *lead, shape.R, align=DTYPES[shape.out].width // 8),
         Int32(0),
         current(),
     )

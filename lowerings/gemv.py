@@ -89,22 +89,26 @@ def flat(scale: Tensor | None) -> Tensor | None:
     return scale.view(-1) if scale.dtype == torch.float32 else scale.view(torch.uint8).view(-1)
 
 
-def multiply(x: Tensor, weight: Tensor, scale: Tensor | None, scale_2: Tensor | None, out: torch.dtype) -> Tensor:
-    """x [G, M, K], weight [G R, K] as stored -> [G, M, R] of dtype `out`."""
+def multiply(
+    x: Tensor, weight: Tensor, scale: Tensor | None, scale_2: Tensor | None, out: torch.dtype, by_token: bool = False
+) -> Tensor:
+    """x [G, M, K], weight [G R, K] as stored -> [G, M, R] of dtype `out`; by_token: x [M, G, K] -> [M, G, R]."""
     from dsv4_compile.kernels.gemv import Shape, launch
 
-    (G, M, K), R = x.shape, weight.shape[0] // x.shape[0]
-    y = torch.empty(G, M, R, dtype=out, device=x.device)
+    tokens = 0 if by_token else 1
+    M, G, K = x.shape[tokens], x.shape[1 - tokens], x.shape[2]
+    R = weight.shape[0] // G
+    y = torch.empty(*x.shape[:2], R, dtype=out, device=x.device)
     if y.numel() == 0 or K == 0:
         return y.zero_()
     format = format_of(weight, scale, scale_2)
     assert format is not None, "`streams` was not asked"
     e8m0 = scale is None or scale.dtype != torch.float32
-    shape = Shape(M, G, R, K, format, e8m0, DTYPES[x.dtype], DTYPES[out])
+    shape = Shape(M, G, R, K, format, e8m0, DTYPES[x.dtype], DTYPES[out], by_token)
     stored = words(weight), flat(scale), None if scale_2 is None else scale_2.view(1)
     for first, m in turns(M, rows_at_once(replace(shape, M=ROWS if alike() else min(M, ROWS)), alike())):
-        lies_apart = G > 1 and m < M
-        given, rows = (t.narrow(1, first, m) if lies_apart else some(t, first, m, 1) for t in (x, y))
+        lies_apart = not by_token and G > 1 and m < M
+        given, rows = (t.narrow(1, first, m) if lies_apart else some(t, first, m, tokens) for t in (x, y))
         made = y.new_empty(G, m, R) if lies_apart else rows
         early = int(settled(made, weight, scale, scale_2))
         launch(replace(shape, M=m), compact(given), *stored, made, early)

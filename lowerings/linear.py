@@ -41,14 +41,14 @@ def _(a):
     return dict(M=a.x.shape[0], **sizes_of(a.weight, a.scale))
 
 
-@linear.on("cuda", arch="sm_90+", when=lambda a: few_and_stored(a, a.x.shape[0]))
+@linear.on("cuda", arch="sm_90+", when=lambda a: few_and_stored(a.x, a.x.shape[0], a.weight, a.scale, a.scale_2))
 def _(x, weight, scale, scale_2):
     return gemv.multiply(x.unsqueeze(0), weight, scale, scale_2, x.dtype).squeeze(0)
 
 
-def few_and_stored(a: Any, rows: Any) -> bool | str:
-    verdict = gemv.few(a.x, rows, gemv.times((a.weight, a.scale, False)))
-    return gemv.streams(a.weight, a.scale, a.scale_2) if verdict is True else verdict
+def few_and_stored(x: Tensor, tokens: Any, weight: Tensor, scale: Tensor | None, scale_2: Tensor | None) -> bool | str:
+    verdict = gemv.few(x, tokens, gemv.times((weight, scale, False)))
+    return gemv.streams(weight, scale, scale_2) if verdict is True else verdict
 
 
 def stored(a) -> bool | str:
@@ -103,7 +103,9 @@ def _(a):
     return dict(G=G, M=M, R=sizes.pop("N") // G, **sizes)
 
 
-@grouped_linear.on("cuda", arch="sm_90+", when=lambda a: few_and_stored(a, a.x.shape[1]))
+@grouped_linear.on(
+    "cuda", arch="sm_90+", when=lambda a: few_and_stored(a.x, a.x.shape[1], a.weight, a.scale, a.scale_2)
+)
 def _(x, weight, scale, scale_2):
     return gemv.multiply(x, weight, scale, scale_2, x.dtype)
 

@@ -1,6 +1,9 @@
 """Attention's way out: a matrix for each group of heads, then one for all of them."""
 
-from dsv4_compile.lowerings.linear import grouped_linear, linear, sizes_of
+from typing import Any
+
+from dsv4_compile.lowerings import gemv
+from dsv4_compile.lowerings.linear import few_and_stored, grouped_linear, linear, sizes_of
 from dsv4_compile.op import Cost, Tensor, op
 
 
@@ -17,7 +20,7 @@ def output_projection(
     """`grouped_linear`, the groups side by side, `linear`.
 
     x [G, M, K], group by group; a [G R, K] and b [D, G R], plain, or as `dequantize` takes them with their scales ->
-    [M, D] of x's dtype; what lies between may be rounded to it or not. No implementation: its parts have some.
+    [M, D] of x's dtype; what lies between may be rounded to it or not. On a CPU and for many tokens its parts are asked.
     Source: DeepSeek-V4, grouped output projection.
     """
     u = grouped_linear(x, a, a_scale, a_scale_2)
@@ -36,3 +39,19 @@ def _(a):
     (G, M, K), of_a, of_b = a.x.shape, sizes_of(a.a, a.a_scale), sizes_of(a.b, a.b_scale)
     kept = {f"{name}_{key}": of[key] for name, of in (("a", of_a), ("b", of_b)) for key in ("bits", "block")}
     return dict(M=M, G=G, K=K, R=of_a["N"] // G, D=of_b["N"], **kept)
+
+
+def fits_the_kernel(a: Any) -> bool | str:
+    """Both products must be of few vectors."""
+    tokens = a.x.shape[1]
+    for stored in ((a.a, a.a_scale, a.a_scale_2), (a.b, a.b_scale, a.b_scale_2)):
+        if (fits := few_and_stored(a.x, tokens, *stored)) is not True:
+            return fits
+    return True
+
+
+@output_projection.on("cuda", arch="sm_90+", when=fits_the_kernel)
+def _(x, a, b, a_scale, a_scale_2, b_scale, b_scale_2):
+    """Attention leaves all groups of a token side by side, and the second product wants them so: nothing is moved."""
+    u = gemv.multiply(x.transpose(0, 1), a, a_scale, a_scale_2, x.dtype, by_token=True)
+    return gemv.multiply(u.flatten(1).unsqueeze(0), b, b_scale, b_scale_2, x.dtype).squeeze(0)

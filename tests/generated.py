@@ -1,16 +1,13 @@
 """Cases for every op that has a kernel, made from a seed: few static sizes, which are compiled in, and many of what a launch
-may change: numbers of tokens, lengths of lists, what is in them.
-
-`Draw.size` says the same for both sets of arguments of a case, the one that is captured and the one that is replayed;
-`Draw.how` and the numbers differ. This file holds no tests.
+may change: numbers of tokens, lengths of lists, what is in them. This file holds no tests.
 """
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from draws import Draw
 from torch import Tensor
 
 from dsv4_compile.lowerings.append import norm_rope_append
@@ -20,13 +17,14 @@ from dsv4_compile.lowerings.compressor_append import compressor_append, compress
 from dsv4_compile.lowerings.experts import experts
 from dsv4_compile.lowerings.head import head
 from dsv4_compile.lowerings.indexer import indexer
-from dsv4_compile.lowerings.kv import pack_kv, unpack_kv
+from dsv4_compile.lowerings.kv import unpack_kv
 from dsv4_compile.lowerings.linear import grouped_linear, linear, linear_wide
 from dsv4_compile.lowerings.linears import LINEARS, NORMED
 from dsv4_compile.lowerings.mhc import mhc_head, mhc_post, mhc_pre
 from dsv4_compile.lowerings.mhc_boundary import mhc_boundary, mhc_enter
 from dsv4_compile.lowerings.moe import moe
 from dsv4_compile.lowerings.norm import rms_norm, unit_norm
+from dsv4_compile.lowerings.output_projection import output_projection
 from dsv4_compile.lowerings.prologue import PROLOGUES
 from dsv4_compile.lowerings.rope import norm_rope, rope
 from dsv4_compile.lowerings.router import expert_gates, router
@@ -54,78 +52,6 @@ LENGTHS = (
     320,
 )  # around tiles of 32 and 64, and several of them
 TOKENS = (1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 31, 32, 33, 47, 63, 64)
-
-
-class Draw:
-    """Random choices of one case."""
-
-    def __init__(self, name: str, seed: int, other: bool):
-        self.size = random.Random(f"{name} {seed}")
-        self.how = random.Random(f"{name} {seed} {other}")
-        self.g = torch.Generator().manual_seed(2 * seed + other)
-
-    def normal(self, *shape: int, dtype: torch.dtype = fp32, spread: bool = False) -> Tensor:
-        """`spread`: rows of sizes from 1/1000 to 3, where an eps shows."""
-        x = torch.randn(shape, generator=self.g)
-        if spread:
-            x = x * 10 ** (torch.rand(*shape[:-1], 1, generator=self.g) * 3.5 - 3)
-        return x.to(dtype)
-
-    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.g) * (high - low) + low
-
-    def integers(self, low: int, high: int, *shape: int) -> Tensor:
-        """Below `high`."""
-        return torch.randint(low, high, shape, generator=self.g)
-
-    def weight(self, D: int, dtype: torch.dtype = fp32) -> Tensor:
-        return self.uniform(0.5, 1.5, D).to(dtype)
-
-    def tables(self, *shape: int) -> tuple[Tensor, Tensor]:
-        angle = self.uniform(-3, 3, *shape)
-        return angle.cos(), angle.sin()
-
-    def cache(self, dtype: torch.dtype | str, dr: int, *shape: int) -> Tensor:
-        """Rows in bytes, or of a dtype."""
-        x = self.normal(*shape)
-        return pack_kv.meaning(x, dr) if dtype == "bytes" else x.to(dtype)
-
-    def slots(self, B: int, S: int, T: int) -> Tensor:
-        """Distinct places [B, T] among S."""
-        return torch.rand(B, S, generator=self.g).argsort(-1)[:, :T]
-
-    def stored(self, format: str, *shape: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """A weight [..., N, K] with its scales, any codes. "fp8 fp32": scales in fp32 that are no powers of two."""
-        *lead, N, K = shape
-        if format in ("bf16", "fp32"):
-            return self.normal(*shape, dtype=bf16 if format == "bf16" else fp32) * K**-0.5, None, None
-        power = lambda *s: 2.0 ** self.integers(-4, 1, *s).float()  # noqa: E731
-        if format.startswith("fp8"):
-            codes = (self.normal(*shape) * 8 * K**-0.5).to(torch.float8_e4m3fn)
-            scale = power(*lead, -(-N // 128), -(-K // 128))
-            return codes, scale * 1.37 if format.endswith("fp32") else scale.to(torch.float8_e8m0fnu), None
-        codes = self.integers(0, 256, *lead, N, K // 2).to(torch.uint8)
-        if format == "mxfp4":
-            return codes, power(*lead, N, K // 32).to(torch.float8_e8m0fnu), None
-        return codes, power(*lead, N, K // 16).to(torch.float8_e4m3fn), power(*lead) * 0.37
-
-    def among(self, count: int, *shape: int) -> Tensor:
-        """Lists [..., L] of rows, -1 being none: some absent, all absent, one list absent, a row many times, as many as differ
-        from list to list, none absent."""
-        if not (lists := self.integers(0, count, *shape)).numel():
-            return lists
-        kind = self.how.choice(("some", "none", "one", "twice", "unequal", "all"))
-        if kind == "some":
-            lists[torch.rand(shape, generator=self.g) < 0.2] = -1
-        elif kind == "none":
-            lists[:] = -1
-        elif kind == "one":
-            lists.view(-1, shape[-1])[0] = -1
-        elif kind == "twice":
-            lists[..., ::2] = int(self.integers(0, count, 1))
-        elif kind == "unequal":
-            lists[torch.arange(shape[-1]) >= self.integers(0, shape[-1] + 1, *shape[:-1], 1)] = -1
-        return lists
 
 
 @dataclass(frozen=True)
@@ -310,6 +236,12 @@ def of_grouped(d: Draw, G: int, M: int, R: int, K: int, format: str, dtype: torc
     return of_linear(d, M, G * R, K, format, dtype) | dict(x=d.normal(G, M, K, dtype=dtype))
 
 
+def of_projection(d: Draw, G: int, M: int, R: int, K: int, D: int, format: str, other: str, dtype: Any) -> Arguments:
+    (a, a_scale, a_scale_2), (b, b_scale, b_scale_2) = d.stored(format, G * R, K), d.stored(other, D, G * R)
+    scales = dict(a_scale=a_scale, a_scale_2=a_scale_2, b_scale=b_scale, b_scale_2=b_scale_2)
+    return dict(x=d.normal(G, M, K, dtype=dtype), a=a, b=b) | scales
+
+
 def of_wide(d: Draw, M: int, N: int, K: int, format: str, dtype: torch.dtype) -> Arguments:
     return dict(x=d.normal(M, K, dtype=dtype), weight=d.stored(format, N, K)[0])
 
@@ -489,6 +421,13 @@ GROUPED = (
     (8, 8, 64, 512, "mxfp4", bf16),
     (5, 3, 17, 96, "nvfp4", fp32),
 )
+PROJECTION = (
+    (2, 3, 48, 64, 130, "fp8", "fp8", bf16),
+    (3, 8, 32, 288, 51, "fp8 fp32", "mxfp4", bf16),
+    (1, 5, 64, 96, 17, "bf16", "fp8", bf16),
+    (8, 1, 128, 512, 256, "fp8", "fp8", bf16),
+    (5, 2, 32, 96, 40, "nvfp4", "fp8", fp32),
+)
 WIDE = (
     (1, 256, 1024, "bf16", bf16),
     (8, 24, 192, "fp32", bf16),
@@ -539,6 +478,7 @@ FAMILIES = {
         Family(indexer, INDEXER, of_indexer, lower_of_equal),
         Family(linear, LINEAR, of_linear),
         Family(grouped_linear, GROUPED, of_grouped),
+        Family(output_projection, PROJECTION, of_projection),
         Family(linear_wide, WIDE, of_wide),
         of_linears(2, (1, (256, 512), 1024, "fp8"), (8, (1, 17), 128, "bf16", 0b10), (3, (33, 5), 96, "mxfp4")),
         of_linears(

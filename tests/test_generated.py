@@ -30,7 +30,7 @@ def helper(name):
     return module
 
 
-generated, guards = helper("generated"), helper("guards")
+_, generated, guards = (helper(name) for name in ("draws", "generated", "guards"))
 FAMILIES = generated.FAMILIES
 ASKED = os.environ.get("DSV4_TEST_CASES", "200")
 OFTEN = {"attention": 4, "indexer": 2, "linear": 3, "moe": 2, "mhc_boundary": 2}  # more ways through these kernels

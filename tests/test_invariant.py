@@ -37,7 +37,7 @@ def helper(name):
     return module
 
 
-generated, tokens, launches = (helper(name) for name in ("generated", "tokens", "launches"))
+_, generated, tokens, launches = (helper(name) for name in ("draws", "generated", "tokens", "launches"))
 CASES, FORMATS, MOST = tokens.CASES, tokens.FORMATS, tokens.MOST
 FAMILIES, Draw, build = generated.FAMILIES, generated.Draw, launches.build
 bf16 = torch.bfloat16

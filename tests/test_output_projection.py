@@ -1,9 +1,12 @@
 """The grouped output projection: the op against sums, and the models' spellings with plain and stored weights."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from dsv4_compile.lowerings import gemv
 from dsv4_compile.lowerings.output_projection import output_projection
 from dsv4_compile.reference_model.quant import dequantize, quantize
 
@@ -24,6 +27,65 @@ def test_the_op_says_what_the_sums_say(M):
 
 def test_opcheck():
     torch.library.opcheck(output_projection.target, (*drawn(), None, None, None, None))
+
+
+FORMATS = [("fp8", "fp8"), ("bf16", "fp8"), ("nvfp4", "bf16")]
+
+
+def kept(format, *shape):
+    w = torch.randn(*shape) * shape[-1] ** -0.5
+    return (w.to(torch.bfloat16), None, None) if format == "bf16" else quantize(w, format)
+
+
+def given(M, formats, sizes, dtype=torch.bfloat16, seed=0):
+    """All arguments, x as attention leaves it."""
+    torch.manual_seed(seed)
+    G, K, R, D = sizes
+    (a, *a_scales), (b, *b_scales) = kept(formats[0], G * R, K), kept(formats[1], D, G * R)
+    return torch.randn(M, G, K).to(dtype).transpose(0, 1), a, b, *a_scales, *b_scales
+
+
+@pytest.mark.skipif(find_spec("cutlass") is None, reason="kernels need CuTeDSL")
+@pytest.mark.parametrize("M", [1, 8, 19])
+def test_two_products_are_launched_and_nothing_is_moved(M, monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from dsv4_compile import warm
+    from dsv4_compile.kernel import collecting
+
+    monkeypatch.setenv("DSV4_ARCH", "sm_90a")
+    compacted = []
+    monkeypatch.setattr(gemv, "compact", lambda x: compacted.append(x) or x)
+    with FakeTensorMode(), collecting() as launches:
+        output_projection.run(*map(warm.on_gpu, given(M, FORMATS[0], (3, 96, 64, 33))))
+    turns = -(-M // 8)
+    assert [kernel.name for kernel, *_ in launches] == ["gemv"] * 2 * turns
+    assert [shape.by_token for _, shape, _ in launches] == [True] * turns + [False] * turns
+    assert len(compacted) == 2 * turns and all(x.is_contiguous() for x in compacted)
+
+
+@pytest.mark.skipif(find_spec("cutlass") is None, reason="kernels need CuTeDSL")
+def test_where_one_product_has_too_many_vectors_its_parts_are_asked(monkeypatch):
+    """Plain weights are read once."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from dsv4_compile import warm
+
+    monkeypatch.setenv("DSV4_ARCH", "sm_90a")
+    for M, formats in ((9, FORMATS[1]), (41, FORMATS[0])):
+        arguments = output_projection.arguments(*given(M, formats, (3, 96, 64, 33)))
+        with FakeTensorMode():
+            claimed, reasons = output_projection.claim({n: warm.on_gpu(t) for n, t in arguments.items()})
+        assert claimed is None and any("more than" in r for r in reasons), reasons
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(3, 96, 64, 33), (1, 64, 32, 40), (8, 512, 128, 260)], ids=str)
+@pytest.mark.parametrize("formats", FORMATS, ids=str)
+@pytest.mark.parametrize("M", [1, 3, 8])
+def test_the_kernel_is_the_meaning(M, formats, sizes, kernel_parity):
+    others = given(M, formats, sizes, seed=1)
+    kernel_parity(output_projection, *given(M, formats, sizes), others=others, rtol=1e-2, atol=1e-2)
 
 
 # Patterns: o [B, T, h, d], 6 heads of 7

@@ -131,6 +131,7 @@ CASES = {
     "linear, odd": counted("linear", 0, 33, 96, "mxfp4", bf16),
     "linear in fp32": counted("linear", 0, 200, 1056, "fp32", fp32),
     "grouped_linear": counted("grouped_linear", 1, 3, 130, 512, "fp8", bf16, axis=1),
+    "output_projection": counted("output_projection", 1, 3, 128, 512, 130, "fp8", "fp8", bf16, axis=1),
     "linear_wide": counted("linear_wide", 0, 256, 4096, "bf16", bf16),
     "linears_2": counted("linears_2", 0, (1024, 512), 4096, "fp8"),
     "linears_7": counted("linears_7", 0, (1024, 48, 512, 256, 256, 96, 96), 512, "fp8 and bf16", 0b101010),
