@@ -1,14 +1,15 @@
 """How the kernels that stream matrices are configured, and in which order they add up a row, its *division*.
 
 A division decides a result's bits; which is the fastest depends on the number of vectors. Where results must not depend on that
-(`alike`), a product has one division for all numbers of tokens, up to 8 in a launch: by the cost model, the one whose worst
+(`alike`), a product has one division for all numbers of tokens: by the cost model, the one whose worst
 excess over what 1, 2, 4 or 8 tokens would choose for themselves is least. What changes no bits is chosen by the number all the
 same: how many warps share the sums (`chains`), how many rows a tile has, how far ahead it reads, how many blocks there are.
 
 The ops of a decode step that add numbers, and what the order depends on apart from static sizes; in brackets, with `alike`:
 
-    linear, grouped_linear, linear_wide,    division, by the number of vectors; beyond 8, another library
-    linears, normed_linears, shared_expert      [one division, eights in turn, up to 64]
+    linear, grouped_linear, linear_wide,    division, by the number of vectors; beyond those of a launch, several, and then
+    linears, normed_linears, shared_expert,     another library [one division, launches in turn up to 64 vectors]
+    output_projection
     moe                                     division, by the number of choices; beyond 8 tokens, another library [the same]
     experts                                 divisions of four products; beyond 8 tokens its parts run [the same]
     router, expert_gates                    nothing: a token has a block

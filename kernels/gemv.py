@@ -21,7 +21,7 @@ from dsv4_compile.kernels.stream import DTYPES, ROWS, Config, Stream, Work, kind
 @dataclass(frozen=True)
 class Shape:
     """y[g, m] = W[g] x[g, m]: G groups of R rows of K columns. `dtype` of x and `out` of y: bf16 or fp32; `format` of the
-    weight as in `stored.BITS`, e8m0: whether fp8's scales are bytes. M at most 8; rows of the weight 16-byte aligned. by_token:
+    weight as in `stored.BITS`, e8m0: whether fp8's scales are bytes. Rows of the weight are 16-byte aligned. by_token:
     x and y have all groups of a token side by side."""
 
     M: int

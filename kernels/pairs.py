@@ -8,6 +8,8 @@ from cutlass import BFloat16, Float32, Int32, const_expr
 from dsv4_compile.kernels import stored
 from dsv4_compile.kernels.stored import LANES
 
+MOST = 8  # vectors: columns of an instruction
+
 
 def vector_bytes(dtype: str, M: int, columns: int) -> int:
     return columns * M * 2 * stored.PARTS[dtype]

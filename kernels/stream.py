@@ -144,6 +144,8 @@ class Work:
 
     def fits(self, config: Config) -> bool:
         wide = config.rows > ROWS
+        if not wide and self.M > pairs.MOST:
+            return False
         if wide and not (self.dtype == "bf16" and self.format in digits.BACK and arch().startswith("sm_90")):
             return False
         if config.teams == 0 or config.split > self.splits or config.resident * config.warps > 48:

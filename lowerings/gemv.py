@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from dsv4_compile.kernels.gemv import Shape
 
 ROWS = 8  # of one launch
-TURNS = 8  # launches after each other at most: beyond them it is no longer reading that bounds a product
+ROWS_OF_STORED = (
+    16  # of one launch that multiplies stored weights by bf16: parts of vectors are columns of a wide instruction
+)
+MOST = 64  # of launches after each other: beyond them it is no longer reading that bounds a product
 ALIGNED = {"bf16": 8, "fp32": 8, "fp8": 16, "mxfp4": 32, "nvfp4": 32}  # columns of a row's loads
 
 
@@ -51,17 +54,22 @@ def streams(weight: Tensor, scale: Tensor | None, scale_2: Tensor | None) -> boo
     return True
 
 
-def most_rows(again: int = 1) -> int:
-    """How many vectors are few. again: how many launches, each of which reads the weights, take no longer than what is done
-    otherwise; see `times`."""
-    return few_tokens() * (1 if alike() else min(again, TURNS))
+def rows_of_launch(x: Tensor, *scales: Tensor | None) -> int:
+    """How many vectors like x one launch takes at most, of weights with these scales."""
+    return ROWS_OF_STORED if x.dtype == torch.bfloat16 and all(s is not None for s in scales) else ROWS
 
 
-def few(x: Tensor, rows: Any, again: int = 1) -> bool | str:
-    """Whether the vectors suit the kernels. again: see `most_rows`."""
+def most_rows(again: int = 1, each: int = ROWS) -> int:
+    """How many vectors are few. again: how many launches of `each` vectors, all of which read the weights, take no longer than
+    what is done otherwise; see `times`."""
+    return few_tokens() if alike() else min(again * each, MOST)
+
+
+def few(x: Tensor, rows: Any, again: int = 1, each: int = ROWS) -> bool | str:
+    """Whether the vectors suit the kernels. again, each: see `most_rows`."""
     if x.dtype not in DTYPES:
         return f"vectors of {x.dtype}: the kernels take bfloat16 and float32"
-    most = most_rows(again)
+    most = most_rows(again, each)
     return known(rows <= most) or f"more than {most} rows, or a number that is not known"
 
 
@@ -106,7 +114,8 @@ def multiply(
     e8m0 = scale is None or scale.dtype != torch.float32
     shape = Shape(M, G, R, K, format, e8m0, DTYPES[x.dtype], DTYPES[out], by_token)
     stored = words(weight), flat(scale), None if scale_2 is None else scale_2.view(1)
-    for first, m in turns(M, rows_at_once(replace(shape, M=ROWS if alike() else min(M, ROWS)), alike())):
+    most = rows_of_launch(x, scale)
+    for first, m in turns(M, rows_at_once(replace(shape, M=most if alike() else even(M, most)), alike())):
         lies_apart = not by_token and G > 1 and m < M
         given, rows = (t.narrow(1, first, m) if lies_apart else some(t, first, m, tokens) for t in (x, y))
         made = y.new_empty(G, m, R) if lies_apart else rows
@@ -134,12 +143,16 @@ def some(x: Tensor, first: int, count: int, axis: int = 0) -> Tensor:
     return x.narrow(axis, first, count) if axis == 0 else some(x.squeeze(0), first, count, axis - 1).unsqueeze(0)
 
 
-def at_once(count: int, runs: Callable[[int], bool]) -> int:
-    """How many of so many tokens a launch takes: all, or ROWS of more, or none if `runs` says that so many do not fit. Where
-    results must not depend on their number, as many as fit, in all cases."""
-    if not alike():
-        return min(count, ROWS) if runs(min(count, ROWS)) else 0
-    return next((n for n in range(ROWS, 0, -1) if runs(n)), 0)
+def even(count: int, most: int) -> int:
+    """Of as few launches as there can be, each of at most so many tokens, what they take if all take alike."""
+    return -(-count // max(1, -(-count // most)))
+
+
+def at_once(count: int, runs: Callable[[int], bool], most: int = ROWS) -> int:
+    """How many of so many tokens a launch takes: all, or an even share of more than `most`, or than ROWS, or none if `runs`
+    says that so many do not fit. Where results must not depend on their number, as many as fit, in all cases."""
+    tried = range(most, 0, -1) if alike() else (even(count, most), even(count, ROWS))
+    return next((n for n in tried if runs(n)), 0)
 
 
 WRITTEN: set[int] = set()  # where the memory begins that the last launch of this kind writes

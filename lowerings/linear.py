@@ -47,7 +47,7 @@ def _(x, weight, scale, scale_2):
 
 
 def few_and_stored(x: Tensor, tokens: Any, weight: Tensor, scale: Tensor | None, scale_2: Tensor | None) -> bool | str:
-    verdict = gemv.few(x, tokens, gemv.times((weight, scale, False)))
+    verdict = gemv.few(x, tokens, gemv.times((weight, scale, False)), gemv.rows_of_launch(x, scale))
     return gemv.streams(weight, scale, scale_2) if verdict is True else verdict
 
 

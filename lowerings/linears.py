@@ -67,7 +67,8 @@ def of(count: int, normed: bool) -> Op:
     def streamed(a: Any) -> bool | str:
         pairs = [(getattr(a, w), getattr(a, s)) for w, s in zip(weights, scales, strict=True)]
         again = gemv.times(*((w, s, is_wide(vars(a), i)) for i, (w, s) in enumerate(pairs)))
-        if (verdict := gemv.few(a.x, a.x.shape[0], again)) is not True:
+        most = gemv.rows_of_launch(a.x, *(s for _, s in pairs))
+        if (verdict := gemv.few(a.x, a.x.shape[0], again, most)) is not True:
             return verdict
         for w, s in pairs:
             if (verdict := gemv.streams(w, s, None)) is not True:
@@ -82,7 +83,7 @@ def of(count: int, normed: bool) -> Op:
         kinds = len(by_format(pairs))
         if kinds > (2 if norm is None else 1):
             return f"weights in {kinds} formats: one launch takes two, behind a norm one"
-        return at_once(shape_of(a.x, pairs, a.wide, norm), len(a.x)) > 0 or "vectors beyond shared memory"
+        return at_once(shape_of(a.x, pairs, a.wide, norm), len(a.x), most) > 0 or "vectors beyond shared memory"
 
     @made.on("cuda", arch="sm_90+", when=streamed)
     def _(x, *given):
@@ -98,7 +99,7 @@ def of(count: int, normed: bool) -> Op:
         words = tuple(gemv.words(ws[i]) for i in order)
         scales = tuple(gemv.flat(ss[i]) for i in order if ss[i] is not None) or None
         x = compact(x)
-        for first, m in gemv.turns(len(x), at_once(shape, len(x))):
+        for first, m in gemv.turns(len(x), at_once(shape, len(x), gemv.rows_of_launch(x, *ss))):
             early, here = int(gemv.settled(ys, *ws, *ss)), of_vectors(shape, m)
             rows, *outs = (gemv.some(t, first, m) for t in (x, *(ys[i] for i in order)))
             if isinstance(here, kernel.Mixed):
@@ -146,9 +147,9 @@ def of_vectors(shape: Any, count: int) -> Any:
     return replace(shape, M=count)
 
 
-def at_once(shape: Any, count: int) -> int:
+def at_once(shape: Any, count: int, most: int) -> int:
     """How many of the vectors a launch takes, or 0: see `gemv.at_once`."""
-    return gemv.at_once(count, lambda n: fits(of_vectors(shape, n), alike()))
+    return gemv.at_once(count, lambda n: fits(of_vectors(shape, n), alike()), most)
 
 
 @cache

@@ -123,7 +123,7 @@ def vectors(*shape, dtype=torch.bfloat16, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-ODD = [(1, 16, 64), (2, 33, 192), (3, 130, 96), (5, 200, 1056), (8, 1000, 512), (8, 17, 2048)]
+ODD = [(1, 16, 64), (2, 33, 192), (3, 130, 96), (5, 200, 1056), (8, 1000, 512), (8, 17, 2048), (13, 130, 1024)]
 
 
 @pytest.mark.gpu

@@ -150,10 +150,13 @@ def test_the_order_of_a_tree_does_not_depend_on_who_begins_it(chains):
 
 def test_products_are_taken_by_eights(alike):
     assert products.at_once(30, lambda n: n <= 8) == 8 and products.at_once(2, lambda n: n <= 3) == 3
+    assert products.at_once(2, lambda n: n <= 16, 16) == 16 and products.at_once(30, lambda n: n <= 12, 16) == 12
     assert list(products.turns(19, 8)) == [(0, 8), (8, 8), (16, 3)] and products.few(torch.zeros(1), 64) is True
     alike(False)
     assert products.at_once(5, lambda n: n <= 8) == 5 and products.at_once(5, lambda n: n < 5) == 0
     assert products.at_once(30, lambda n: n <= 8) == 8 and products.at_once(30, lambda n: n < 8) == 0
+    assert [products.at_once(n, lambda m: m <= 16, 16) for n in (7, 16, 17, 30, 40, 64)] == [7, 16, 9, 15, 14, 16]
+    assert [products.at_once(n, lambda m: m <= 8, 16) for n in (7, 16, 17)] == [7, 8, 6]
     assert products.few(torch.zeros(1), 9) is not True and products.few(torch.zeros(1), 64, 9) is True
     assert products.few(torch.zeros(1), 65, 9) is not True
 
@@ -187,6 +190,15 @@ def test_many_vectors_are_launches_of_one_division(alike, hopper):
     for launches in (listed(linear, (19, 256), (40, 256)), listed(LINEARS[2], (19, 256), (40, 256), (24, 256))):
         assert [shape.M for _, shape, _ in launches] == [8, 8, 3]
         assert len({of_kernels.division(*part) for _, s, c in launches for part in parts(s, c)}) == 1
+
+
+@pytest.mark.parametrize(("on", "expected"), [(True, [16, 16, 7]), (False, [13, 13, 13])])
+def test_launches_that_multiply_stored_weights_take_sixteen_vectors(on, expected, alike, hopper):
+    alike(on)
+    given = tokens.counted("linear", 0, 1024, 2048, "fp8", bf16).given(39)
+    launched = launches.launched_by(linear, given.values())
+    assert [shape.M for _, shape, _ in launched] == expected and all(c.rows > stream.ROWS for *_, c in launched)
+    assert len({of_kernels.division(*part) for _, s, c in launched for part in parts(s, c)}) == 1
 
 
 def combinations(shape):
