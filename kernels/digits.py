@@ -282,7 +282,7 @@ class Digits:
 
     @cute.jit
     def put_partial(self, sums, base):
-        """A warp's sums, those of vector m and row i of its 16 at base + m rows + i."""
+        """A warp's sums, those of vector m and row i of its 16 at base + m sums_of_vector + i."""
         partial = self.partial
         for n in cutlass.range_constexpr(self.wide):
             for r in cutlass.range_constexpr(2):
@@ -292,4 +292,4 @@ class Digits:
                     m = 2 * n + self.t // 2
                     writes = m < self.M and self.t % 2 == 0
                 if writes:
-                    partial[base + m * self.rows_of_tile + self.g + 8 * r] = sums[2 * n + r]
+                    partial[base + m * self.sums_of_vector + self.g + 8 * r] = sums[2 * n + r]

@@ -213,9 +213,9 @@ class Pairs:
 
     @cute.jit
     def put_partial(self, sums, base):
-        """A warp's sums, those of vector m and row i of its 16 at base + m rows + i."""
+        """A warp's sums, those of vector m and row i of its 16 at base + m sums_of_vector + i."""
         partial = self.partial
         for i in cutlass.range_constexpr(4):
             m = 2 * self.t + i % 2
             if m < self.M:
-                partial[base + m * self.rows_of_tile + self.g + i // 2 * 8] = sums[i]
+                partial[base + m * self.sums_of_vector + self.g + i // 2 * 8] = sums[i]

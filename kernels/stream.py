@@ -129,9 +129,13 @@ class Work:
             vectors = pairs.vector_bytes(self.dtype, self.M, columns)
         else:
             vectors = digits.vector_bytes(self.format, self.M, columns)
-        sums = self.M * config.rows * 4
-        kept = config.split * self.turns(config) * sums if config.split > 1 else 0
-        return ring + vectors + 2 * config.teams * sums + kept + 8 * self.segments + 16 * self.parts + 256
+        kept = config.split * self.turns(config) * self.M * config.rows * 4 if config.split > 1 else 0
+        sums = 2 * config.teams * self.M * self.sums_of_vector(config) * 4
+        return ring + vectors + sums + kept + 8 * self.segments + 16 * self.parts + 256
+
+    def sums_of_vector(self, config: Config) -> int:
+        """Room for those of a tile: between two vectors so much that no two threads of a quad meet in a bank."""
+        return config.rows + (0 if self.M == 1 else 4 if config.rows == ROWS else 8)
 
     def grid(self, config: Config) -> int:
         """Thread blocks of one group, or clusters."""
@@ -176,6 +180,7 @@ class Stream:
         self.tiles, self.grid, self.turns = work.tiles(config), work.grid(config), work.turns(config)
         self.warps, self.teams, self.stages, self.blocks = config.warps, config.teams, config.stages, config.blocks
         self.rows_of_tile, self.split, self.chains = config.rows, config.split, config.chains
+        self.sums_of_vector = work.sums_of_vector(config)
         self.threads = LANES * config.warps
         self.steps, self.columns, self.part = work.steps(config), work.columns(config), work.part(config)
         self.weight_words, self.scale_words = work.stage_words(config)
@@ -200,10 +205,12 @@ class Stream:
             Int32, cute.make_layout((self.warps * self.stages * (self.weight_words + self.scale_words),)), 128
         )
         self.allocate_vectors(smem)
-        sums = self.M * self.rows_of_tile
-        self.partial = smem.allocate_tensor(Float32, cute.make_layout((2 * self.teams * sums,)), 16)
+        self.partial = smem.allocate_tensor(
+            Float32, cute.make_layout((2 * self.teams * self.M * self.sums_of_vector,)), 16
+        )
         if const_expr(self.split > 1):
-            self.kept = smem.allocate_tensor(Float32, cute.make_layout((self.turns * sums, self.split)), 16)
+            sums = self.turns * self.M * self.rows_of_tile
+            self.kept = smem.allocate_tensor(Float32, cute.make_layout((sums, self.split)), 16)
             self.arrived = smem.allocate_tensor(Int64, cute.make_layout((1,)), 8).iterator
         room = ONE_MORE - self.work.needed(self.config)
         if const_expr(self.overlaps and room > 0 and arena is None):
@@ -461,7 +468,7 @@ class Stream:
         for tile in cutlass.range(self.first, self.tiles, self.grid, unroll=1):
             self.before(tile)
             slot = self.tile_sums(sums, slot)
-            base = (parity * self.teams + self.team) * (self.M * self.rows_of_tile) + self.member * ROWS
+            base = (parity * self.teams + self.team) * (self.M * self.sums_of_vector) + self.member * ROWS
             self.put_partial(sums[None, 0], base)
             cute.arch.barrier()
             self.emit(tile, turn, parity, thread)
@@ -493,7 +500,7 @@ class Stream:
     def total(self, parity, m, row):
         """Of row `row` of the tile and vector m: the teams' sums."""
         first = parity * self.teams
-        return tree([self.partial[((first + w) * self.M + m) * self.rows_of_tile + row] for w in range(self.teams)])
+        return tree([self.partial[((first + w) * self.M + m) * self.sums_of_vector + row] for w in range(self.teams)])
 
     @cute.jit
     def exchange(self, thread, turns):
