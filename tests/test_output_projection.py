@@ -72,7 +72,7 @@ def test_where_one_product_has_too_many_vectors_its_parts_are_asked(monkeypatch)
     from dsv4_compile import warm
 
     monkeypatch.setenv("DSV4_ARCH", "sm_90a")
-    for M, formats in ((9, FORMATS[1]), (41, FORMATS[0])):
+    for M, formats in ((9, FORMATS[1]), (65, FORMATS[0])):
         arguments = output_projection.arguments(*given(M, formats, (3, 96, 64, 33)))
         with FakeTensorMode():
             claimed, reasons = output_projection.claim({n: warm.on_gpu(t) for n, t in arguments.items()})
