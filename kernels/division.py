@@ -1,9 +1,9 @@
 """How the kernels that stream matrices are configured, and in which order they add up a row, its *division*.
 
 A division decides a result's bits; which is the fastest depends on the number of vectors. Where results must not depend on that
-(`alike`), a product has one division for all numbers of tokens: by the cost model, the one whose worst
-excess over what 1, 2, 4 or 8 tokens would choose for themselves is least. What changes no bits is chosen by the number all the
-same: how many warps share the sums (`chains`), how many rows a tile has, how far ahead it reads, how many blocks there are.
+(`alike`), a product has one division for all numbers of tokens: by the cost model, the one whose worst excess over what 1, 2, 4
+or 8 tokens would choose for themselves is least. What changes no bits is chosen by the number all the same: how many warps
+share the sums (`chains`), how many rows a tile has, how far ahead it reads, how many blocks there are.
 
 The ops of a decode step that add numbers, and what the order depends on apart from static sizes; in brackets, with `alike`:
 

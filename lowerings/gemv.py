@@ -16,9 +16,7 @@ if TYPE_CHECKING:
     from dsv4_compile.kernels.gemv import Shape
 
 ROWS = 8  # of one launch
-ROWS_OF_STORED = (
-    16  # of one launch that multiplies stored weights by bf16: parts of vectors are columns of a wide instruction
-)
+ROWS_OF_STORED = 16  # of one launch that multiplies stored weights by bf16: parts of vectors share a wide instruction
 MOST = 64  # of launches after each other: beyond them it is no longer reading that bounds a product
 ALIGNED = {"bf16": 8, "fp32": 8, "fp8": 16, "mxfp4": 32, "nvfp4": 32}  # columns of a row's loads
 
