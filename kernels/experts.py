@@ -106,6 +106,17 @@ class Own(moe.GateUp):
         self.run(thread)
 
     @cute.jit
+    def fetch_share(self, v, block, blocks: cutlass.Constexpr, thread):
+        """To L2, of all rows those of one of so many blocks."""
+        share = -(-2 * self.I // blocks)
+        for first in cutlass.range_constexpr(0, share, self.threads):
+            row = block * share + first + thread
+            if first + thread < share and row < 2 * self.I:
+                at = v[0].iterator.toint() if row < self.I else v[1].iterator.toint()
+                local = row if row < self.I else row - self.I
+                stored.fetch_to_l2(at + Int64(local) * self.row_bytes, Int32(self.row_bytes))
+
+    @cute.jit
     def emit(self, tile, turn, parity, thread):
         """As in `moe.GateUp`, for each token; the sums are rounded as matrix products are."""
         half, hidden = self.rows_of_tile // 2, self.h
@@ -139,16 +150,17 @@ class Up:
             self.own.run_all(x, v[0], v[1], r, u, own_limit, g, early, block, thread)
         else:
             part = block - self.own.grid
-            self.choices(x, logits, bias, expert, tokens, scale, eps, w, s, t, limit, h, base, part, thread)
+            self.choices(x, logits, bias, expert, tokens, scale, eps, w, s, t, limit, v, h, base, part, thread)
 
     @cute.jit
-    def choices(self, x, logits, bias, expert, tokens, scale, eps, w, s, t, limit, h, base, block, thread):
-        """Those of a token: a block's part of them."""
+    def choices(self, x, logits, bias, expert, tokens, scale, eps, w, s, t, limit, v, h, base, block, thread):
+        """Those of a token: a block's part of them. Before anything is known, matrices of the shared expert go to L2."""
         arena, routed = side_by_side.Arena(base, self.bytes), self.routed
         routed.allocate(arena)
         routed.remember(arena)
         keys, scores = kept(arena, self.keys)
         token, part = block // routed.grid, block % routed.grid
+        self.own.fetch_share(v, block, self.grid - self.own.grid, thread)
         cute.arch.griddepcontrol_wait()  # nothing is known before
         e, score = chosen(self, logits, bias, expert, tokens, keys, scores, token, thread)
         gate = router.share(score, thread % LANES, scale, eps)

@@ -153,18 +153,18 @@ def at_once(count: int, runs: Callable[[int], bool], most: int = ROWS) -> int:
     return next((n for n in tried if runs(n)), 0)
 
 
-WRITTEN: set[int] = set()  # where the memory begins that the last launch of this kind writes
+WRITTEN: tuple[set[int], set[int]] = (set(), set())  # where memory begins that the last two launches of this kind write
 
 
 def settled(out: Tensor | Sequence[Tensor], *read: Tensor | None) -> bool:
-    """Whether what is read was there long before: these launches may start while the one before them ends, and read before its
-    end what it cannot have written. So are parameters in a graph, unless the launch before writes into one. Called once
-    before each launch, with what it writes."""
+    """Whether what is read was there long before: these launches may start while the two before them end, and read before their
+    end what they cannot have written. So are parameters in a graph, unless these launches write into one. Called once before
+    each launch, with what it writes."""
     global WRITTEN
     outs = (out,) if isinstance(out, Tensor) else out
     if isinstance(outs[0], FakeTensor):
         return False
-    before, WRITTEN = WRITTEN, {o.untyped_storage().data_ptr() for o in outs}
+    before, WRITTEN = WRITTEN[0] | WRITTEN[1], (WRITTEN[1], {o.untyped_storage().data_ptr() for o in outs})
     return torch.cuda.is_current_stream_capturing() and all(
         t is None or (isinstance(owner(t), Parameter) and t.untyped_storage().data_ptr() not in before) for t in read
     )
