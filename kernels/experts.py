@@ -20,6 +20,8 @@ from dsv4_compile.kernels.division import Needs, configs_of
 from dsv4_compile.kernels.moe import HALF
 from dsv4_compile.kernels.stream import DTYPES, LANES, ROWS
 
+ALL = 1 << 30  # bytes
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -96,6 +98,7 @@ class Own(moe.GateUp):
         if early == 0:
             cute.arch.griddepcontrol_wait()
         self.fill()
+        self.fetch_behind(thread, ALL)  # while the choice is made, the others have nothing to read
         cute.arch.griddepcontrol_wait()
         self.stage_vectors(x, None, thread)
         self.by_gate, self.by_up = Float32(self.back), Float32(self.back)
@@ -106,15 +109,12 @@ class Own(moe.GateUp):
         self.run(thread)
 
     @cute.jit
-    def fetch_share(self, v, block, blocks: cutlass.Constexpr, thread):
-        """To L2, of all rows those of one of so many blocks."""
-        share = -(-2 * self.I // blocks)
-        for first in cutlass.range_constexpr(0, share, self.threads):
-            row = block * share + first + thread
-            if first + thread < share and row < 2 * self.I:
-                at = v[0].iterator.toint() if row < self.I else v[1].iterator.toint()
-                local = row if row < self.I else row - self.I
-                stored.fetch_to_l2(at + Int64(local) * self.row_bytes, Int32(self.row_bytes))
+    def fetch_rows(self, tile, thread, begin: cutlass.Constexpr, size: cutlass.Constexpr):
+        """See `gemv.Linear.fetch_rows`."""
+        row = tile * (self.rows_of_tile // 2) + thread // ROWS * HALF + thread % HALF
+        at = self.weights[1] if thread % ROWS >= HALF else self.weights[0]
+        if thread < self.rows_of_tile and row < self.I:
+            self.fetch_row(at, row, begin, size)
 
     @cute.jit
     def emit(self, tile, turn, parity, thread):
@@ -150,17 +150,16 @@ class Up:
             self.own.run_all(x, v[0], v[1], r, u, own_limit, g, early, block, thread)
         else:
             part = block - self.own.grid
-            self.choices(x, logits, bias, expert, tokens, scale, eps, w, s, t, limit, v, h, base, part, thread)
+            self.choices(x, logits, bias, expert, tokens, scale, eps, w, s, t, limit, h, base, part, thread)
 
     @cute.jit
-    def choices(self, x, logits, bias, expert, tokens, scale, eps, w, s, t, limit, v, h, base, block, thread):
-        """Those of a token: a block's part of them. Before anything is known, matrices of the shared expert go to L2."""
+    def choices(self, x, logits, bias, expert, tokens, scale, eps, w, s, t, limit, h, base, block, thread):
+        """Those of a token: a block's part of them."""
         arena, routed = side_by_side.Arena(base, self.bytes), self.routed
         routed.allocate(arena)
         routed.remember(arena)
         keys, scores = kept(arena, self.keys)
         token, part = block // routed.grid, block % routed.grid
-        self.own.fetch_share(v, block, self.grid - self.own.grid, thread)
         cute.arch.griddepcontrol_wait()  # nothing is known before
         e, score = chosen(self, logits, bias, expert, tokens, keys, scores, token, thread)
         gate = router.share(score, thread % LANES, scale, eps)

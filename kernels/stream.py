@@ -243,15 +243,15 @@ class Stream:
         self.fill()
         if const_expr(self.overlaps):
             if early != 0:
-                self.fetch_behind(thread)
+                self.fetch_behind(thread, BEHIND)
         self.follow()
 
     @cute.jit
-    def fetch_behind(self, thread):
-        """To L2, of this block's tiles, what the rings do not hold."""
+    def fetch_behind(self, thread, most: cutlass.Constexpr):
+        """To L2, of this block's tiles, what the rings do not hold, at most so many bytes."""
         whole, filled = self.format.row_bytes(self.part), 1 if self.vectors_first else self.stages - 1
         begin = min(whole, filled * self.format.row_bytes(self.work.dealt(self.config) // self.chains))
-        room = BEHIND // self.rows_of_tile  # bytes of a row of each tile
+        room = most // self.rows_of_tile  # bytes of a row of each tile
         for turn in cutlass.range_constexpr(self.turns):
             size = min(whole - begin, room) // 128 * 128
             if const_expr(size > 0):
