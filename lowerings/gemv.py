@@ -153,21 +153,24 @@ def at_once(count: int, runs: Callable[[int], bool], most: int = ROWS) -> int:
     return next((n for n in tried if runs(n)), 0)
 
 
-WRITTEN: tuple[set[int], set[int]] = (set(), set())  # where memory begins that the last two launches of this kind write
+WRITTEN: set[int] = set()  # where memory begins that launches of this kind have written since the capture began
 
 
 def settled(out: Tensor | Sequence[Tensor], *read: Tensor | None) -> bool:
-    """Whether what is read was there long before: these launches may start while the two before them end, and read before their
-    end what they cannot have written. So are parameters in a graph, unless these launches write into one. Called once before
+    """Whether what is read was there long before: these launches may start while those before them run, and read before their
+    end what they cannot have written. So are parameters in a graph, unless a launch of it writes into one. Called once before
     each launch, with what it writes."""
-    global WRITTEN
     outs = (out,) if isinstance(out, Tensor) else out
     if isinstance(outs[0], FakeTensor):
         return False
-    before, WRITTEN = WRITTEN[0] | WRITTEN[1], (WRITTEN[1], {o.untyped_storage().data_ptr() for o in outs})
-    return torch.cuda.is_current_stream_capturing() and all(
-        t is None or (isinstance(owner(t), Parameter) and t.untyped_storage().data_ptr() not in before) for t in read
+    if not torch.cuda.is_current_stream_capturing():
+        WRITTEN.clear()
+        return False
+    there = all(
+        t is None or (isinstance(owner(t), Parameter) and t.untyped_storage().data_ptr() not in WRITTEN) for t in read
     )
+    WRITTEN.update(o.untyped_storage().data_ptr() for o in outs)
+    return there
 
 
 def owner(x: Tensor) -> Tensor:
