@@ -232,6 +232,7 @@ class Attention(Rows):
                         values[v] = values[v] * shrink[(v // 2) % 2]
                 multiply(of_values, values, weights, from_turned[None, None, None, stage], False)
                 warpgroup.wait_group(0)
+                cute.arch.sync_warp()  # all lanes have read the bias
                 if lane == 0:
                     cute.arch.mbarrier_arrive(free + stage)
 

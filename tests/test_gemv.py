@@ -18,7 +18,8 @@ from dsv4_compile.lowerings.linear import grouped_linear, linear, linear_wide
 from dsv4_compile.lowerings.moe import moe
 from dsv4_compile.reference_model.quant import quantize
 
-FORMATS = ["bf16", "fp32", "fp8", "fp8, scales in fp32", "mxfp4", "nvfp4"]
+STORED = ["fp8", "fp8, scales in fp32", "mxfp4", "nvfp4"]
+FORMATS = ["bf16", "fp32", *STORED]
 FP8 = gemv.Shape(1, 1, 4096, 4096, "fp8", True, "bf16", "bf16")
 FLASH = [
     replace(FP8, R=1024),  # q_a
@@ -126,7 +127,8 @@ def vectors(*shape, dtype=torch.bfloat16, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-ODD = [(1, 16, 64), (2, 33, 192), (3, 130, 96), (5, 200, 1056), (8, 1000, 512), (8, 17, 2048), (13, 130, 1024)]
+ODD = [(1, 16, 64), (2, 33, 192), (3, 130, 96), (5, 200, 1056), (8, 1000, 512), (8, 17, 2048)]
+MORE = [(13, 130, 1024), (21, 33, 192)]  # vectors than a launch of plain weights takes
 
 
 @pytest.mark.gpu
@@ -138,6 +140,15 @@ def test_linear_is_the_meaning(shape, format, dtype, kernel_parity):
     tolerance = 1e-2 if dtype == torch.bfloat16 else 2e-5
     args, others = ((vectors(M, K, dtype=dtype, seed=s), *matrix(format, N, K, seed=s + 2)) for s in (0, 7))
     kernel_parity(linear, *args, others=others, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", STORED)
+@pytest.mark.parametrize("shape", MORE, ids=str)
+def test_stored_weights_take_more_vectors(shape, format, kernel_parity):
+    M, N, K = shape
+    args, others = ((vectors(M, K, seed=s), *matrix(format, N, K, seed=s + 2)) for s in (0, 7))
+    kernel_parity(linear, *args, others=others, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.gpu

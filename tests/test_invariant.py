@@ -343,7 +343,7 @@ def differences(case, device):
     for first, count in TRIED:
         places = torch.arange(first, first + count, device=device)
         some = results(case.op, case.some(given, places), device)
-        alike = (same(a.index_select(case.axis, places), b) for a, b in zip(many, some, strict=True))
+        alike = (same(a.index_select(case.out, places), b) for a, b in zip(many, some, strict=True))
         found += [] if all(alike) else [(first, count)]
     return found
 
@@ -432,7 +432,7 @@ def test_slots_and_neighbours_do_not_matter_in_calls_of_one_size(name, compiled,
             mixed[n] = others[n].clone()
             mixed[n].select(case.axis, slot).copy_(given[n].select(case.axis, place))
         for a, b in zip(want, results(case.op, mixed, "cuda"), strict=True):
-            assert same(a.select(case.axis, place), b.select(case.axis, slot)), (place, slot)
+            assert same(a.select(case.out, place), b.select(case.out, slot)), (place, slot)
 
 
 @pytest.mark.gpu

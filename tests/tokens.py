@@ -30,11 +30,12 @@ class Sized:
 
 @dataclass(frozen=True)
 class Case:
-    """`make` of a draw and a number of tokens: arguments of the op, whose tokens lie along an axis."""
+    """`make` of a draw and a number of tokens: arguments of the op, whose tokens lie along an axis; `out`: the results'."""
 
     op: Any
     make: Any
     axis: int = 0
+    out: int = 0
 
     def given(self, count=MOST, seed=0):
         draw = generated.Draw(self.op.name, seed, False)
@@ -58,9 +59,9 @@ def sized(name, *spec):
     return Case(FAMILIES[name].op, lambda d, M: FAMILIES[name].make(d, *spec))
 
 
-def counted(name, place, *spec, axis=0):
+def counted(name, place, *spec, axis=0, out=0):
     """The number of tokens is one of the static sizes."""
-    return Case(FAMILIES[name].op, lambda d, M: FAMILIES[name].make(d, *spec[:place], M, *spec[place:]), axis)
+    return Case(FAMILIES[name].op, lambda d, M: FAMILIES[name].make(d, *spec[:place], M, *spec[place:]), axis, out)
 
 
 def own(name):
@@ -130,7 +131,7 @@ CASES = {
     **{f"linear {f}": counted("linear", 0, 1090, 2048, f, bf16) for f in (*FORMATS, "fp8 fp32")},
     "linear, odd": counted("linear", 0, 33, 96, "mxfp4", bf16),
     "linear in fp32": counted("linear", 0, 200, 1056, "fp32", fp32),
-    "grouped_linear": counted("grouped_linear", 1, 3, 130, 512, "fp8", bf16, axis=1),
+    "grouped_linear": counted("grouped_linear", 1, 3, 130, 512, "fp8", bf16, axis=1, out=1),
     "output_projection": counted("output_projection", 1, 3, 128, 512, 130, "fp8", "fp8", bf16, axis=1),
     "linear_wide": counted("linear_wide", 0, 256, 4096, "bf16", bf16),
     "linears_2": counted("linears_2", 0, (1024, 512), 4096, "fp8"),
@@ -168,7 +169,7 @@ CASES = {
 }
 ON_A_CPU = {
     "linear": counted("linear", 0, 200, 320, "fp8", fp32),
-    "grouped_linear": counted("grouped_linear", 1, 3, 17, 96, "nvfp4", fp32, axis=1),
+    "grouped_linear": counted("grouped_linear", 1, 3, 17, 96, "nvfp4", fp32, axis=1, out=1),
     "moe": counted("moe", 0, 3, 9, 96, 32, "mxfp4", fp32),
     "moe, plain": counted("moe", 0, 3, 9, 96, 40, "fp32", fp32),
     "moe, bf16": counted("moe", 0, 3, 9, 96, 32, "mxfp4", bf16),
