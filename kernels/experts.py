@@ -20,8 +20,6 @@ from dsv4_compile.kernels.division import Needs, configs_of
 from dsv4_compile.kernels.moe import HALF
 from dsv4_compile.kernels.stream import DTYPES, LANES, ROWS
 
-ALL = 1 << 30  # bytes
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -98,7 +96,6 @@ class Own(moe.GateUp):
         if early == 0:
             cute.arch.griddepcontrol_wait()
         self.fill()
-        self.fetch_behind(thread, ALL)  # while the choice is made, the others have nothing to read
         cute.arch.griddepcontrol_wait()
         self.stage_vectors(x, None, thread)
         self.by_gate, self.by_up = Float32(self.back), Float32(self.back)
@@ -107,14 +104,6 @@ class Own(moe.GateUp):
         self.limit, self.h = limit, h
         cute.arch.barrier()
         self.run(thread)
-
-    @cute.jit
-    def fetch_rows(self, tile, thread, begin: cutlass.Constexpr, size: cutlass.Constexpr):
-        """See `gemv.Linear.fetch_rows`."""
-        row = tile * (self.rows_of_tile // 2) + thread // ROWS * HALF + thread % HALF
-        at = self.weights[1] if thread % ROWS >= HALF else self.weights[0]
-        if thread < self.rows_of_tile and row < self.I:
-            self.fetch_row(at, row, begin, size)
 
     @cute.jit
     def emit(self, tile, turn, parity, thread):

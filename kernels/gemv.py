@@ -75,11 +75,11 @@ class Linear(Stream):
         return x[None, group, None] if self.by_token else x[group, None, None]
 
     @cute.jit
-    def fetch_rows(self, tile, thread, begin: cutlass.Constexpr, size: cutlass.Constexpr):
-        """A tile's, to L2: `size` bytes of each, from `begin` on."""
-        row = tile * self.rows_of_tile + thread
+    def fetch_ahead(self, thread):
+        """The first rows."""
+        row = self.first * self.rows_of_tile + thread
         if thread < self.rows_of_tile and row < self.R:
-            self.fetch_row(self.weight_at, self.group * self.R + row, begin, size)
+            self.fetch_row(self.weight_at, self.group * self.R + row)
 
     @cute.kernel
     def kernel(self, x, weight, scale, scale_2, y, early):

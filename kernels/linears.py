@@ -113,13 +113,13 @@ class Linears(Stream):
                 y[m, local] = result.to(self.outs[i])
 
     @cute.jit
-    def fetch_rows(self, tile, thread, begin: cutlass.Constexpr, size: cutlass.Constexpr):
-        """See `gemv.Linear.fetch_rows`."""
-        at = tile * self.rows_of_tile + thread
+    def fetch_ahead(self, thread):
+        """The first rows."""
+        at = self.first * self.rows_of_tile + thread
         for i in cutlass.range_constexpr(len(self.sizes)):
             local = at - self.starts[i]
             if thread < self.rows_of_tile and local >= 0 and local < self.sizes[i]:
-                self.fetch_row(self.weights[i], local, begin, size)
+                self.fetch_row(self.weights[i], local)
 
     @cute.jit
     def measure(self, x, eps):

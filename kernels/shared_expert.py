@@ -107,11 +107,11 @@ class SharedExpert(Stream):
             y[m, k, at] = total.to(self.dtype)
 
     @cute.jit
-    def fetch_rows(self, tile, thread, begin: cutlass.Constexpr, size: cutlass.Constexpr):
-        """See `gemv.Linear.fetch_rows`."""
-        row = tile * self.rows_of_tile + thread
+    def fetch_ahead(self, thread):
+        """The first rows."""
+        row = self.first * self.rows_of_tile + thread
         if thread < self.rows_of_tile and row < self.R:
-            self.fetch_row(self.weight_at, row, begin, size)
+            self.fetch_row(self.weight_at, row)
 
     @cute.kernel
     def kernel(self, gate, up, limit, weight, scale, scale_2, routed, X, post, comb, y, early):

@@ -21,10 +21,6 @@ from dsv4_compile.kernels.stored import LANES
 ROWS = 16  # of a warp
 TEAM = 4  # warps whose rows one instruction of `digits` takes
 AHEAD = 1024  # bytes of a row that go to L2 first
-BEHIND = 160 << 10  # bytes of a block that go to L2 when its rings are full, while the launch before runs
-LIGHT = (
-    8 << 20
-)  # bytes of matrices that are read so soon that the next launch may come before the launch before has ended
 LINE = 128  # bytes of one
 LONG = 4096  # numbers of vectors that a block stages
 SMS = 132  # processors that the cost model reckons with
@@ -222,48 +218,26 @@ class Stream:
         return smem
 
     def follow(self):
-        """Wait for the launch before. The next one may come and fill its rings: at once, where there is little to read here."""
+        """Wait for the launch before; the next one may come."""
         if self.overlaps:
-            if self.work.bytes < LIGHT:
-                cute.arch.griddepcontrol_launch_dependents()
-                cute.arch.griddepcontrol_wait()
-            else:
-                cute.arch.griddepcontrol_wait()
-                cute.arch.griddepcontrol_launch_dependents()
+            cute.arch.griddepcontrol_wait()
+            cute.arch.griddepcontrol_launch_dependents()
 
     @cute.jit
     def enter(self, thread, early):
-        """Fill the rings: at once, where no launch that may still run writes what is read (`early`), and send to L2 what they
-        do not hold; else behind the launch before, while the first rows go to L2, which sees what that one writes. Then wait
-        for it in any case."""
+        """Fill the rings: at once, where no launch that may still run writes what is read (`early`), else behind the launch
+        before, while the first rows go to L2, which sees what that one writes. Then wait for it in any case."""
         if const_expr(self.overlaps):
             if early == 0:
-                self.fetch_rows(self.first, thread, 0, min(self.format.row_bytes(self.part), AHEAD))
+                self.fetch_ahead(thread)
                 cute.arch.griddepcontrol_wait()
         self.fill()
-        if const_expr(self.overlaps):
-            if early != 0:
-                self.fetch_behind(thread, BEHIND)
         self.follow()
 
-    @cute.jit
-    def fetch_behind(self, thread, most: cutlass.Constexpr):
-        """To L2, of this block's tiles, what the rings do not hold, at most so many bytes."""
-        whole, filled = self.format.row_bytes(self.part), 1 if self.vectors_first else self.stages - 1
-        begin = min(whole, filled * self.format.row_bytes(self.work.dealt(self.config) // self.chains))
-        room = most // self.rows_of_tile  # bytes of a row of each tile
-        for turn in cutlass.range_constexpr(self.turns):
-            size = min(whole - begin, room) // 128 * 128
-            if const_expr(size > 0):
-                tile = self.first + turn * self.grid
-                if tile < self.tiles:
-                    self.fetch_rows(tile, thread, begin, size)
-            begin, room = 0, room - size
-
-    def fetch_row(self, weight, row, begin: int, size: int):
-        """Bytes of this block's part of a row."""
-        at = weight + Int64(row) * self.row_bytes + self.rank * self.format.row_bytes(self.part) + begin
-        stored.fetch_to_l2(at, Int32(size))
+    def fetch_row(self, weight, row):
+        """The beginning of this block's part of a row."""
+        size = self.format.row_bytes(self.part)
+        stored.fetch_to_l2(weight + Int64(row) * self.row_bytes + self.rank * size, Int32(min(size, AHEAD)))
 
     @cute.jit
     def eight(self, x, m, index):

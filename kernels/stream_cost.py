@@ -17,8 +17,6 @@ DECODED = {"bf16": 1.0, "fp32": 7.0, "fp8": 3.6, "mxfp4": 3.0, "nvfp4": 4.2}
 DIGITS = {"fp8": 1.8, "mxfp4": 2.4, "nvfp4": 2.9}
 SPREAD = {"mxfp4": 1.6, "nvfp4": 1.9}  # of a single vector
 COLUMNS, STAGE, STAGED = 0.6, 65, 4
-# Microseconds for a byte of rings beyond what a block reads: room in which the next launch would fill its own.
-EMPTY = 3e-6
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,4 @@ def cost(work: Work, config: Config) -> float:
     if config.split > 1:
         ends += h.cluster * (config.split - 1) ** h.power
     rest = h.a_stage * config.stages + A_BLOCK * config.resident + h.a_size * abs(config.blocks - 2)
-    ring = config.warps * config.stages * sum(work.stage_words(config)) * 4
-    rest += EMPTY * max(0.0, ring - work.turns(config) * config.rows * row_bytes / config.split)
     return (FOLLOW if config.overlaps else LAUNCH) + stream + staged + ends + rest

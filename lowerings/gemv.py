@@ -73,7 +73,7 @@ def few(x: Tensor, rows: Any, again: int = 1, each: int = ROWS) -> bool | str:
 
 def times(*parts: tuple[Tensor, Tensor | None, bool]) -> int:
     """How often weights can be read in the time in which others make what a product of PyTorch's takes, and read that: bf16 of
-    stored numbers, fp32 for wide results. parts: weight, scale, whether the result is wide."""
+    stored numbers, or fp32. parts: weight, scale, whether they take it in fp32; see `takes_fp32`."""
     ours = others = 0.0
     for weight, scale, wide in parts:
         stored, bytes_ = weight.numel() * weight.dtype.itemsize, 4 if wide else 2
@@ -81,6 +81,11 @@ def times(*parts: tuple[Tensor, Tensor | None, bool]) -> int:
         ours += stored
         others += stored if as_is else stored + 2 * bytes_ * weight.numel() * (1 + (weight.dtype == torch.uint8))
     return max(1, int(others / max(1.0, ours)))
+
+
+def takes_fp32(x: Tensor, weight: Tensor) -> bool:
+    """Whether PyTorch multiplies these in fp32 if the result must be: 16 bits on both sides it takes as they are."""
+    return x.dtype != weight.dtype or x.dtype not in (torch.bfloat16, torch.float16)
 
 
 def words(weight: Tensor) -> Tensor:

@@ -124,7 +124,8 @@ def _(x, weight, scale, scale_2):
 @op("dsv4::linear_wide")
 def linear_wide(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T in at least fp32 of operands that may be narrower: x [M, K], weight [N, K] -> [M, N]. Nobody needs to make wide
-    copies of them; on the CPU, where it is never raised, it has no implementation.
+    copies of them: many rows of 16 bits go to cuBLAS, which adds them up in fp32; on the CPU, where it is never raised, it has
+    no implementation.
     Source: DeepSeek-V4, router and compressor.
     """
     return F.linear(acc(x), weight.to(acc(x).dtype))
@@ -142,10 +143,20 @@ def _(a):
 
 
 def few_and_plain(a: Any) -> bool | str:
-    verdict = gemv.few(a.x, a.x.shape[0], gemv.times((a.weight, None, True)))
+    verdict = gemv.few(a.x, a.x.shape[0], gemv.times((a.weight, None, gemv.takes_fp32(a.x, a.weight))))
     return gemv.streams(a.weight, None, None) if verdict is True else verdict
 
 
 @linear_wide.on("cuda", arch="sm_90+", when=few_and_plain)
 def _(x, weight):
     return gemv.multiply(x.unsqueeze(0), weight, None, None, torch.float32).squeeze(0)
+
+
+def of_16_bits(a: Any) -> bool | str:
+    both = f"{a.x.dtype} times {a.weight.dtype}: many rows are multiplied as they are if both have the same 16 bits"
+    return both if gemv.takes_fp32(a.x, a.weight) else True
+
+
+@linear_wide.on("cuda", when=of_16_bits)
+def _(x, weight):
+    return torch.mm(x, weight.t(), out_dtype=torch.float32)

@@ -66,7 +66,7 @@ def of(count: int, normed: bool) -> Op:
 
     def streamed(a: Any) -> bool | str:
         pairs = [(getattr(a, w), getattr(a, s)) for w, s in zip(weights, scales, strict=True)]
-        again = gemv.times(*((w, s, is_wide(vars(a), i)) for i, (w, s) in enumerate(pairs)))
+        again = gemv.times(*((w, s, is_wide(vars(a), i) and gemv.takes_fp32(a.x, w)) for i, (w, s) in enumerate(pairs)))
         most = gemv.rows_of_launch(a.x, *(s for _, s in pairs))
         if (verdict := gemv.few(a.x, a.x.shape[0], again, most)) is not True:
             return verdict

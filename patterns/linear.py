@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from dsv4_compile.lowerings.dequantize import dequantize
-from dsv4_compile.lowerings.gemv import most_rows, times
+from dsv4_compile.lowerings.gemv import most_rows, takes_fp32, times
 from dsv4_compile.lowerings.linear import grouped_linear, linear, linear_wide
 from dsv4_compile.match import Found, Made, T, finder, head, is_cast, known, rule, shape, value
 
@@ -55,8 +55,8 @@ def grouped(stored: Node) -> Found | str | None:
     return Found({"x": bmm.args[0], "weight": w, "scale": scale, "scale_2": scale_2}, [bmm], [*inner, bmm])
 
 
-# Plain weights. Only on a GPU, and only few rows: what lies beyond is done as well by the products that PyTorch has. A weight
-# is an input of the graph.
+# Plain weights. Only on a GPU, and only few rows: what lies beyond is done as well by the products that PyTorch has, but for
+# wide results, for which compilers make wide copies of both sides. A weight is an input of the graph.
 
 
 @finder(linear_wide, name="fuse.linear", anchor="mm")
@@ -97,12 +97,14 @@ def grouped_plain(bmm: Node) -> Found | str | None:
 
 
 def plain_sides(mm: Node, wide: bool = False) -> tuple[Any, Node] | None:
-    """x and weight [N, K], if this is a product of few rows with a weight. wide: of whose numbers others make fp32 first."""
+    """x and weight [N, K], if this is a product of few rows with a weight. wide: of whose numbers others make fp32 first; any
+    number of rows then, if nobody has to."""
     x, w = mm.args
     weight = source(w) if on_gpu(x) else None
     if weight is None or len(shape(weight)) != 2:
         return None
-    if not few_on_gpu(x, 0, times((value(weight), None, True)) if wide else 1):
+    any_number = wide and not takes_fp32(value(narrower(x)), value(weight))
+    if not any_number and not few_on_gpu(x, 0, times((value(weight), None, True)) if wide else 1):
         return None
     (K, N), (rows, columns) = shape(w), shape(weight)
     if value(weight).dtype.itemsize > value(narrower(x)).dtype.itemsize:

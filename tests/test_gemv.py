@@ -167,6 +167,15 @@ def test_a_wide_linear_is_exact(x, weight, kernel_parity):
     kernel_parity(linear_wide, vectors(4, 1024, dtype=x), w, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("M", "N", "K"), [(9, 1, 8), (77, 33, 1024), (1000, 256, 200), (65, 40, 33)])
+def test_a_wide_linear_of_many_vectors_is_exact(M, N, K, dtype, kernel_parity):
+    w, others = (matrix("fp32", N, K, seed=s)[0].to(dtype) for s in (0, 3))
+    given = (vectors(M, K, dtype=dtype), w), (vectors(M, K, dtype=dtype, seed=5), others)
+    kernel_parity(linear_wide, *given[0], others=given[1], rtol=1e-5, atol=1e-5)
+
+
 def errors(op, *args):
     """Root mean square distance from fp64 of the kernel and of eager bf16."""
     wide = [a.double() if torch.is_tensor(a) and a.dtype in (torch.bfloat16, torch.float32) else a for a in args]

@@ -176,6 +176,8 @@ def test_stored_weights_are_read_as_often_as_is_worth_it():
     assert products.times((bf16_, None, False)) == 1 and products.times((bf16_.float(), None, True)) == 1
     assert [products.times(x) for x in ((bf16_, None, True), (fp8, scale, False), (mxfp4, scale, False))] == [5, 5, 9]
     assert products.times((fp8, scale, False), (bf16_, None, False)) == 2
+    takes = [products.takes_fp32(*sides) for sides in ((bf16_, bf16_), (bf16_, bf16_.float()), (bf16_.float(), bf16_))]
+    assert takes == [False, True, True], "as they are, if both sides are"
 
 
 def test_many_vectors_are_launches_of_one_division(alike, hopper):

@@ -225,13 +225,20 @@ def projected(x, weight, wide, blocks):
     return y, scores, groups
 
 
-@pytest.mark.parametrize("tokens", [1, FEW, FEW + 1, 5 * FEW, 5 * FEW + 1])
+@pytest.mark.parametrize("tokens", [1, FEW, FEW + 1, 500])
 def test_plain_weights_are_sites_on_a_gpu_for_few_rows(tokens):
-    """PyTorch's own way to a wide result writes and reads wide copies of the weights: five times the bytes."""
+    """Or for any number, where the result of 16 bits is wide: nobody makes a wide copy of them."""
     args = [torch.empty(s, dtype=torch.bfloat16) for s in ((1, tokens, 64), (40, 64), (24, 64), (20, 16))]
-    found = raised_on_a_gpu(projected, *args)
     narrow = {"linear": 1, "grouped_linear": 1} if tokens <= FEW else {}
-    assert found == narrow | ({"linear_wide": 1} if tokens <= 5 * FEW else {})
+    assert raised_on_a_gpu(projected, *args) == narrow | {"linear_wide": 1}
+
+
+@pytest.mark.parametrize("tokens", [5 * FEW, 5 * FEW + 1])
+def test_wide_results_of_other_numbers_are_sites_for_few_rows(tokens):
+    """PyTorch's own way to them writes and reads wide copies of the weights: five times the bytes."""
+    x, weight = torch.empty(tokens, 64, dtype=torch.bfloat16), torch.empty(24, 64, dtype=torch.float16)
+    found = raised_on_a_gpu(lambda x, w: F.linear(x.float(), w.float()), x, weight)
+    assert found == ({"linear_wide": 1} if tokens <= 5 * FEW else {})
 
 
 def test_products_of_two_computed_sides_are_none():
