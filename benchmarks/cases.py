@@ -390,7 +390,7 @@ class Cases:
 
         def few_of(args: Inputs) -> tuple[Inputs, int]:
             x, logits, *rest = args
-            return (x[:FEW], logits[:FEW], *rest), X
+            return (x[:FEW], logits[:FEW], *rest), len(x[:FEW])
 
         for format, own in (("none", "none"), ("mxfp4", "fp8")):
             name = "bf16" if format == "none" else f"{format} and {own}"

@@ -107,6 +107,11 @@ def at_least(count: int, rows: Callable[[Any], Any]) -> Callable[[Any], bool | s
     return lambda a: not known(rows(a) < count) or f"fewer than {count} rows"
 
 
+def at_most(count: int, rows: Callable[[Any], Any]) -> Callable[[Any], bool | str]:
+    """For `worth`: few enough rows, as `rows` counts them in the arguments. A number that is not known is few enough."""
+    return lambda a: not known(rows(a) > count) or f"more than {count} rows"
+
+
 def left_to_inductor(a: Any) -> str:
     """For `worth` of an implementation that beats the meaning run call by call, and never the meaning compiled."""
     return "compiled, what it says is as fast"

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from dsv4_compile.lowerings import native
 from dsv4_compile.lowerings.norm import DTYPES
 from dsv4_compile.lowerings.sinkhorn import balanced, sinkhorn
-from dsv4_compile.op import Cost, Tensor, acc, alike, compact, few_tokens, left_to_inductor, op
+from dsv4_compile.op import Cost, Tensor, acc, alike, at_most, compact, few_tokens, left_to_inductor, op
 
 FEW, SMALL = 16, 1 << 16  # few tokens, or coefficients that stay in a cache: one loop in C++ beats calls of PyTorch
+MANY = 1024  # tokens whose mixtures a product of PyTorch's makes faster than the kernel, Sinkhorn's many small steps included
 
 
 def mixture(X: Tensor, fn: Tensor, rms_eps: float) -> Tensor:
@@ -112,7 +113,7 @@ def collapsed_by_kernel(X, fn, base, scale, iters, eps, rms_eps, post, comb):
     return x.view(*X.shape[:-2], shape.D)
 
 
-@mhc_pre.on("cuda", arch="sm_90+", when=fits_the_kernel)
+@mhc_pre.on("cuda", arch="sm_90+", when=fits_the_kernel, worth=at_most(MANY, lambda a: math.prod(a.X.shape[:-2])))
 def _(X, fn, base, scale, iters, eps, rms_eps):
     lead, n = X.shape[:-2], X.shape[-2]
     post = torch.empty(*lead, n, dtype=torch.float32, device=X.device)

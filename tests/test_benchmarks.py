@@ -36,6 +36,18 @@ def test_every_op_has_a_call_whose_numbers_are_finite(B, T, module):
         assert case.op.bound_sizes(case.op.arguments(*args)) is not None, case.what
 
 
+def test_samples_are_the_first_rows(module):
+    """Of calls too large for fp64: eager's error against it is that of rounding."""
+    arm, errors = module("__main__").arm, module("__main__").errors
+    sampled = [c for c in module("cases").Cases(DSV4Config.nano(), 9, 1, torch.device("cpu")) if c.sample is not None]
+    assert len(sampled) > 4
+    for case in sampled:
+        args = module("__main__").inputs_of(case)
+        small, rows = case.sample(args)
+        assert 0 < rows < len(case.op(*args)) and rows == len(case.op(*small)), case.what
+        assert errors(case, {"eager": arm("eager", case.op, args)}, args)["eager"] < 2e-2, case.what
+
+
 def test_a_table_with_errors_ceilings_and_what_was_left_out(module, tmp_path, capsys):
     main, file = module("__main__").main, tmp_path / "found.json"
     few = ["--ops", "router", "rms_norm", "moe", "--tokens", "2", "--prefill", "--arms", "eager", "ours", "torch"]
