@@ -361,7 +361,7 @@ class Attention(Rows):
                         a, b = self.turned(a, b, table, angle + lane % 4)
                 pair[0], pair[1] = a.to(BFloat16), b.to(BFloat16)
                 at = mine + (lane // 4 + 8 * h) * line + 16 * n + 4 * (lane % 4)
-                store_one(at, cute.recast_tensor(pair, Int32)[0])
+                of_warp.store(at, cute.recast_tensor(pair, Int32)[0])
         cute.arch.sync_warp()
         pieces = wide // 8  # of 16 bytes
         for i in cutlass.range_constexpr(16 * pieces // 32):
@@ -469,11 +469,6 @@ def multiply(of: cute.TiledMma, sums: cute.Tensor, a: cute.Tensor, b: cute.Tenso
         cute.gemm(atom, sums, a[None, None, k], b[None, None, k], sums)
         atom.set(warpgroup.Field.ACCUMULATE, True)
     warpgroup.commit_group()
-
-
-def store_one(address, word):
-    """32 bits into shared memory."""
-    cute.arch.inline_ptx("st.shared.b32 [{$r0}], {$r1};", read_only_args=[address, word])
 
 
 def program(shape: Shape, config: Config):

@@ -14,7 +14,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 
-from dsv4_compile.kernels import stored, warpgroup
+from dsv4_compile.kernels import stored, warpgroup, warps
 from dsv4_compile.kernels.parts import PARTS, SECOND, larger, pointed, split
 from dsv4_compile.kernels.stored import assembled
 
@@ -127,11 +127,11 @@ class Digits:
                     n = 4 * m + 2 * p
                     upper = Int32(0) - word // 2  # all bits, or none
                     target = at + (k * self.wide + n // 8) * 128 + n % 8 * 16
-                    stored.put_word(target, word_of & (upper ^ -1))
-                    stored.put_word(target + 16, word_of & upper)
+                    warps.store(target, word_of & (upper ^ -1))
+                    warps.store(target + 16, word_of & upper)
                 else:
                     n = PARTS * m + p
-                    stored.put_word(at + (k * self.wide + n // 8) * 128 + n % 8 * 16, word_of)
+                    warps.store(at + (k * self.wide + n // 8) * 128 + n % 8 * 16, word_of)
 
     @cute.jit
     def put_spread(self, pieces, run):

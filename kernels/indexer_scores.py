@@ -347,7 +347,7 @@ class Scores:
                     for s in cutlass.range_constexpr(self.lines):
                         for p in cutlass.range_constexpr(4):
                             core = (2 * (2 * s + p // 2) + p % 2) * self.wide + t
-                            stored.put_word(queries + core * warpgroup.CORE + 4 * lane, heads[i][p, s])
+                            of_warp.store(queries + core * warpgroup.CORE + 4 * lane, heads[i][p, s])
         cute.arch.fence_proxy("async.shared", space="cta")
 
     @cute.jit
@@ -367,7 +367,7 @@ class Scores:
             for half in cutlass.range_constexpr(2):
                 pairs = [stored.times(words[2 * half + i, s], by) for i in range(2)]
                 for p, word in enumerate(split([v for pair in pairs for v in stored.unpaired(pair)])):
-                    stored.put_word(column + (2 * s + half) * self.wide * warpgroup.CORE + 16 * p, word)
+                    of_warp.store(column + (2 * s + half) * self.wide * warpgroup.CORE + 16 * p, word)
         if lane % 4 == 0:
             weights[head % 4 * self.wide + head // 4] = weight * point if head < self.h else Float32(0.0)
 

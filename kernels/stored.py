@@ -217,10 +217,6 @@ def fetch_word(shared, address) -> None:
     cute.arch.inline_ptx("cp.async.ca.shared.global [{$r0}], [{$r1}], 4;", read_only_args=[shared, address])
 
 
-def put_word(shared, word) -> None:
-    cute.arch.inline_ptx("st.shared.b32 [{$r0}], {$r1};", read_only_args=[shared, word])
-
-
 def vector_if(wanted, shared):
     """Four words of shared memory where they are wanted, anything elsewhere."""
     text = "{ .reg .pred p; setp.ne.b32 p, $4, 0; @p ld.shared.v4.b32 {$0, $1, $2, $3}, [$5]; }"

@@ -411,7 +411,7 @@ class Stream:
                     word = (begin & Int64(-4)) + 4 * w
                     stored.fetch_word(target, word if word < last else last)
                 else:
-                    stored.put_word(target, Int32(begin & Int64(3)) * 8)
+                    warps.store(target, Int32(begin & Int64(3)) * 8)
 
     @cute.jit
     def scale_of(self, begin, j: int, r: int):
