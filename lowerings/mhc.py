@@ -11,7 +11,7 @@ from dsv4_compile.lowerings.sinkhorn import balanced, sinkhorn
 from dsv4_compile.op import Cost, Tensor, acc, alike, at_most, compact, few_tokens, left_to_inductor, op
 
 FEW, SMALL = 16, 1 << 16  # few tokens, or coefficients that stay in a cache: one loop in C++ beats calls of PyTorch
-MANY = 1024  # tokens whose mixtures a product of PyTorch's makes faster than the kernel, Sinkhorn's many small steps included
+MANY = 1024  # tokens; of more, PyTorch's product makes the mixtures faster than the kernel, many launches included
 
 
 def mixture(X: Tensor, fn: Tensor, rms_eps: float) -> Tensor:

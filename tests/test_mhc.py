@@ -353,9 +353,9 @@ def test_the_mixtures_of_many_tokens_are_left_to_inductor(tokens, taken, monkeyp
     with FakeTensorMode():
         X = torch.empty(1, tokens, 4, 64, dtype=torch.bfloat16, device="cuda")
         fn, base, scale = (torch.empty(s, device="cuda") for s in ((24, 256), (24,), (3,)))
-        given = mhc_pre.arguments(X, fn, base, scale, ITERS, EPS, RMS_EPS)
-        assert (mhc_pre.claim(given, if_worth=True)[0] is not None) == taken
-        assert mhc_pre.claim(given)[0] is not None
+        arguments = mhc_pre.arguments(X, fn, base, scale, ITERS, EPS, RMS_EPS)
+        assert (mhc_pre.claim(arguments, if_worth=True)[0] is not None) == taken
+        assert mhc_pre.claim(arguments)[0] is not None
 
 
 WRONG_PRE = {
