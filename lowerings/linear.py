@@ -124,8 +124,8 @@ def _(x, weight, scale, scale_2):
 @op("dsv4::linear_wide")
 def linear_wide(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T in at least fp32 of operands that may be narrower: x [M, K], weight [N, K] -> [M, N]. Nobody needs to make wide
-    copies of them: many rows of 16 bits go to cuBLAS, which adds them up in fp32; on the CPU, where it is never raised, it has
-    no implementation.
+    copies of them: many rows of 16 bits go to cuBLAS, some columns at a time; on the CPU, where it is never raised, it has no
+    implementation.
     Source: DeepSeek-V4, router and compressor.
     """
     return F.linear(acc(x), weight.to(acc(x).dtype))
@@ -159,4 +159,29 @@ def of_16_bits(a: Any) -> bool | str:
 
 @linear_wide.on("cuda", when=of_16_bits)
 def _(x, weight):
-    return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    (M, K), N = x.shape, len(weight)
+    columns = columns_at_once(M, N, K)
+    whole = K // columns * columns
+    if whole <= columns:
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    if 4 * M * N * (K // columns) <= MOST_SUMS:
+        left, right = (a[:, :whole].unflatten(1, (-1, columns)).transpose(0, 1) for a in (x, weight))
+        y, begin = torch.bmm(left, right.mT, out_dtype=torch.float32).sum(0), whole
+    else:
+        y, begin = torch.mm(x[:, :columns], weight[:, :columns].t(), out_dtype=torch.float32), columns
+    for k in range(begin, K, columns):
+        y = torch.addmm(y, x[:, k : k + columns], weight[:, k : k + columns].t(), out_dtype=torch.float32)
+    return y
+
+
+FEW_SUMS, MOST_SUMS = 2**26, 2**28  # bytes; the first is what the L2 of a Hopper keeps, more or less
+
+
+def columns_at_once(M: int, N: int, K: int) -> int:
+    """How many columns tensor cores add up, before the sum goes to an fp32 number. They cut off what lies far below the sum
+    so far: of K = 4,096 whole columns the error is 4.4e-6, of 512 at a time 4.7e-7 and of 128 1.2e-7, where products in fp32
+    have 1.3e-7 to 6e-7. 128 as long as the partial sums are few."""
+    columns = 128
+    while columns < 512 and 4 * M * N * (K // columns) > FEW_SUMS:
+        columns *= 2
+    return columns

@@ -487,6 +487,8 @@ class DSV4(nn.Module):
         self.hc_head = HyperHead(config)
         names = ["main", "compress"] if {CSA, HCA} & set(config.layer_types) else ["main"]
         self.tables = nn.ModuleDict({name: Frequencies(rope_frequencies(config, name)) for name in names})
+        if not self.embed.weight.is_meta:  # made on the CPU, that a model without memory may have them too
+            self.tables.to(self.embed.weight.device)
 
     def forward(
         self,

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsv4_compile.reference_model import DSV4, DSV4Config, Selection, State, generate, sample
 from dsv4_compile.reference_model import model as reference
@@ -113,6 +114,15 @@ def test_bf16_rounds_matrices_and_nothing_that_must_stay_exact(model, tokens, wh
     got = rounded(tokens, selection=selection)
     assert got.dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(got.flatten(), whole.flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("device, tables", [("cpu", "cpu"), ("cuda", "cuda"), ("meta", "cpu")])
+def test_a_model_made_on_a_device_is_there_as_a_whole(device, tables):
+    """Without memory it still has its tables, which no checkpoint stores."""
+    with FakeTensorMode(), torch.device(device):
+        model = DSV4(DSV4Config.tiny())
+    for name, x in [*model.named_parameters(), *model.named_buffers()]:
+        assert x.device.type == (tables if name.startswith("tables.") else device), name
 
 
 def test_selections_are_recorded_and_replayed(model, tokens, whole):
