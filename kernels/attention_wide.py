@@ -29,7 +29,8 @@ BRINGING = 128
 THREADS = MULTIPLYING + BRINGING
 REGISTERS = 40, 232  # of a thread that brings and of one that multiplies
 SHARED = 227 * 1024  # bytes of a block
-AMONG, TURN = 1, 2  # named barriers of the threads that multiply: of all, and two by which warpgroups take turns
+# Named barriers: of all threads that multiply; two by which their warpgroups take turns; of all, one for each place of the ring
+AMONG, TURN, FREE = 1, 2, 4
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def words_at_the_end(shape: Shape, config: Config) -> int:
 def used(shape: Shape, config: Config) -> int:
     """Bytes of shared memory."""
     tiles = 2 * shape.d * (HEADS + config.stages * config.rows)
-    small = 4 * (config.stages * config.rows + 4 * HEADS + max(1, shape.rope)) + 16 * config.stages
+    small = 4 * (config.stages * config.rows + 4 * HEADS + max(1, shape.rope)) + 8 * config.stages
     return max(tiles, 4 * words_at_the_end(shape, config)) + small
 
 
@@ -104,7 +105,6 @@ class Attention(Rows):
             factors: cute.struct.MemRange[Float32, 2 * HEADS]
             table: cute.struct.MemRange[Float32, max(1, self.rope)]
             full: cute.struct.MemRange[Int64, self.stages]
-            free: cute.struct.MemRange[Int64, self.stages]
 
         self.Room = Room
         self.kernel(
@@ -144,12 +144,11 @@ class Attention(Rows):
         warp, lane = cute.arch.make_warp_uniform(thread // 32), thread % 32
         team = cute.arch.make_warp_uniform(thread // 128)
         room = cutlass.memory.SmemAllocator().allocate(self.Room)
-        full, free = room.full.data_ptr(), room.free.data_ptr()
+        full = room.full.data_ptr()
         bias = room.bias.get_tensor(cute.make_layout((self.stages * self.R,)))
         if thread == 0:
             for s in cutlass.range_constexpr(self.stages):
                 cute.arch.mbarrier_init(full + s, 2 * BRINGING)  # each arrives itself, and its copies do
-                cute.arch.mbarrier_init(free + s, MULTIPLYING // 32)
             cute.arch.mbarrier_init_fence()
         of_warp.follow()
         cute.arch.barrier()
@@ -164,9 +163,7 @@ class Attention(Rows):
         if team == 2:
             cute.arch.setmaxregister_decrease(REGISTERS[0])
             start = room.rows.data_ptr().toint()
-            self.bring(
-                first, last, rows, token, T, keys, window, entries, index, start, bias, full, free, warp - 8, lane
-            )
+            self.bring(first, last, rows, token, T, keys, window, entries, index, start, bias, full, warp - 8, lane)
             if const_expr(self.splits > 1):
                 of_warp.everybody(self.splits)
                 cute.arch.cluster_arrive_relaxed()
@@ -232,9 +229,8 @@ class Attention(Rows):
                         values[v] = values[v] * shrink[(v // 2) % 2]
                 multiply(of_values, values, weights, from_turned[None, None, None, stage], False)
                 warpgroup.wait_group(0)
-                cute.arch.sync_warp()  # all lanes have read the bias
-                if lane == 0:
-                    cute.arch.mbarrier_arrive(free + stage)
+                if tile + self.stages < last:
+                    cute.arch.barrier_arrive(barrier_id=FREE + stage, number_of_threads=THREADS)
 
             cute.arch.barrier(barrier_id=AMONG, number_of_threads=MULTIPLYING)  # queries and tiles are free
             for i in cutlass.range_constexpr(2):
@@ -252,7 +248,7 @@ class Attention(Rows):
                 cute.arch.cluster_wait()
 
     @cute.jit
-    def bring(self, first, last, rows, token, T, keys, window, entries, index, start, bias, full, free, warp, lane):
+    def bring(self, first, last, rows, token, T, keys, window, entries, index, start, bias, full, warp, lane):
         """All tiles of this block, each when its place in the ring is free; a place without a row is filled with zeros, and
         its bias keeps it out. Each warp has every fourth row; its lanes look one tile ahead which."""
         part, W, request = self.R // 4, window.shape[1], token // T
@@ -262,7 +258,8 @@ class Attention(Rows):
             stage = turn % self.stages
             picked = upcoming
             upcoming = self.pick(tile + 1, last, rows, token, window, index, warp, lane)
-            cute.arch.mbarrier_wait(free + stage, 1 - (turn // self.stages) % 2)
+            if turn >= self.stages:
+                cute.arch.barrier(barrier_id=FREE + stage, number_of_threads=THREADS)
             if lane < part:
                 bias[stage * self.R + 4 * lane + warp] = Float32(0.0) if picked >= 0 else -Float32.inf
             base = start + stage * self.R * self.row_bytes

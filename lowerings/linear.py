@@ -161,16 +161,17 @@ def of_16_bits(a: Any) -> bool | str:
 def _(x, weight):
     (M, K), N = x.shape, len(weight)
     columns = columns_at_once(M, N, K)
-    whole = K // columns * columns
-    if whole <= columns:
+    times = K // columns
+    if times <= 1:
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
-    if 4 * M * N * (K // columns) <= MOST_SUMS:
-        left, right = (a[:, :whole].unflatten(1, (-1, columns)).transpose(0, 1) for a in (x, weight))
-        y, begin = torch.bmm(left, right.mT, out_dtype=torch.float32).sum(0), whole
+    if 4 * M * N * times <= MOST_SUMS:
+        left, right = (a.narrow(1, 0, times * columns).unflatten(1, (times, -1)).transpose(0, 1) for a in (x, weight))
+        y, begin = torch.bmm(left, right.mT, out_dtype=torch.float32).sum(0), times * columns
     else:
-        y, begin = torch.mm(x[:, :columns], weight[:, :columns].t(), out_dtype=torch.float32), columns
+        y, begin = x.new_zeros((M, N), dtype=torch.float32), 0
     for k in range(begin, K, columns):
-        y = torch.addmm(y, x[:, k : k + columns], weight[:, k : k + columns].t(), out_dtype=torch.float32)
+        left, right = (a.narrow(1, k, min(columns, K - k)) for a in (x, weight))
+        y += torch.mm(left, right.t(), out_dtype=torch.float32)
     return y
 
 

@@ -169,11 +169,21 @@ def test_a_wide_linear_is_exact(x, weight, kernel_parity):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("M", "N", "K"), [(9, 1, 8), (77, 33, 1024), (1000, 256, 200), (65, 40, 33)])
+@pytest.mark.parametrize(
+    ("M", "N", "K"), [(9, 1, 8), (77, 33, 1024), (1000, 256, 200), (65, 40, 33), (600, 60000, 1100)]
+)
 def test_a_wide_linear_of_many_vectors_is_exact(M, N, K, dtype, kernel_parity):
     w, others = (matrix("fp32", N, K, seed=s)[0].to(dtype) for s in (0, 3))
     given = (vectors(M, K, dtype=dtype), w), (vectors(M, K, dtype=dtype, seed=5), others)
     kernel_parity(linear_wide, *given[0], others=given[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 8, 12, 64, 512])
+def test_a_wide_linear_rounds_no_worse_than_products_in_fp32(rows):
+    x, w = on_gpu(vectors(rows, 4096), matrix("fp32", 1024, 4096)[0].bfloat16())
+    ours, plain = errors(linear_wide, x, w)
+    assert ours <= 1.05 * plain
 
 
 def errors(op, *args):

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dsv4_compile.config import Config
-from dsv4_compile.lowerings.linear import grouped_linear, linear, linear_wide
+from dsv4_compile.lowerings.linear import columns_at_once, grouped_linear, linear, linear_wide
 from dsv4_compile.passes import PassManager
 from dsv4_compile.patterns import linear as patterns
 from dsv4_compile.reference_model.layers import Linear
@@ -269,6 +269,29 @@ def test_plain_weights_are_multiplied(dtype):
     torch.library.opcheck(linear_wide.target, (x, weight))
     cost = linear.symbolic_cost().at(**linear.bound_sizes(linear.arguments(x, weight)))
     assert cost.read == 12 * 64 * dtype.itemsize + 2 * 3 * 64
+
+
+MANY = [(16, 124, 4096), (64, 129, 1025), (9, 1, 8), (1000, 256, 200), (77, 33, 1024), (0, 5, 1000), (12, 7, 0)]
+
+
+@pytest.mark.parametrize(("few", "most"), [(2**26, 2**28), (2**18, 2**28), (2**14, 2**16)])
+@pytest.mark.parametrize(("M", "N", "K"), MANY)
+def test_many_rows_are_multiplied_some_columns_at_a_time(M, N, K, few, most, monkeypatch):
+    """By cuBLAS: here fp32 products stand in for its own."""
+    by_cublas = next(i.run for i in linear_wide.implementations if i.arch is None)
+    for product in (torch.mm, torch.bmm):
+        wide = lambda a, b, out_dtype, product=product: product(a.to(out_dtype), b.to(out_dtype))  # noqa: E731
+        monkeypatch.setattr(torch, product.__name__, wide)
+    monkeypatch.setattr("dsv4_compile.lowerings.linear.FEW_SUMS", few)
+    monkeypatch.setattr("dsv4_compile.lowerings.linear.MOST_SUMS", most)
+    x, weight = torch.randn(M, K).bfloat16(), torch.randn(N, K).bfloat16()
+    torch.testing.assert_close(by_cublas(x, weight), F.linear(x.float(), weight.float()), rtol=1e-5, atol=1e-4)
+
+
+def test_partial_sums_of_many_rows_are_as_many_as_fit():
+    assert columns_at_once(64, 1024, 4096) == 128
+    assert columns_at_once(4096, 256, 4096) == 256
+    assert columns_at_once(4096, 1024, 4096) == columns_at_once(64, 129280, 4096) == 512
 
 
 def test_operands_that_were_written_back_alike_are_told_apart(rewritten):
