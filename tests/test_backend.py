@@ -119,6 +119,27 @@ def test_without_a_compiler_inductor_by_name_is_an_error(no_compiler):
 # -- Inductor, caches
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_op_by_op_no_prim_runs(dynamic):
+    """Around each of them torch runs 0.1 ms of Python. One that counts from elsewhere than zero is left as it is."""
+
+    def from_zero(x):
+        return (x * 2).to(torch.bfloat16).sum(-1), torch.arange(x.shape[0])
+
+    def from_elsewhere(x):
+        return x + torch.arange(3, 6), torch.arange(2, 2 + 3 * x.shape[0], 3)
+
+    for f in (from_zero, from_elsewhere):
+        run = torch.compile(f, backend="dsv4", dynamic=dynamic, options={"inner": "eager"})
+        for length in (5, 7):
+            x = torch.randn(length, 3)
+            run(x)
+            with torch.profiler.profile() as profile:
+                found = run(x)
+            torch.testing.assert_close(found, f(x))
+            assert f is from_elsewhere or not any(event.name.startswith("prims::") for event in profile.events())
+
+
 @needs_cxx
 def test_inductor_and_its_caches_follow_the_configuration():
     model, x = Block().requires_grad_(False), torch.randn(2, 8)

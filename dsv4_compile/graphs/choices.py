@@ -11,13 +11,13 @@ from .forms import NOT
 from .graph import (
     CAST,
     END,
+    IOTA,
     RESHAPES,
     aten,
     head,
     inherit,
     is_tensor,
     known,
-    prims,
     same_shape,
     shape,
     size_node,
@@ -27,7 +27,6 @@ from .graph import (
 from .writer import Writer, args, escapes, form, is_call, number
 
 SORTS = aten.sort.default, aten.sort.stable
-IOTA = prims.iota.default
 
 
 @form(aten.slice.Tensor)

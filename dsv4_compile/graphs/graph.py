@@ -27,6 +27,7 @@ from ..errors import BrokenGraph
 aten, prims = torch.ops.aten, torch.ops.prims
 
 CAST = prims.convert_element_type.default
+IOTA = prims.iota.default
 RESHAPES = {
     aten.view.default,
     aten._unsafe_view.default,
