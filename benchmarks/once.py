@@ -2,14 +2,20 @@
 
     python -m benchmarks.once                      # builds what the cache lacks, in all processors
     compute-sanitizer --tool memcheck --error-exitcode 1 python -m benchmarks.once
+    compute-sanitizer --tool racecheck --error-exitcode 1 python -m benchmarks.once --without-reuse
+
+Racecheck does not follow barriers at which one side arrives and the other waits, by which places of a ring are filled again.
+Without reuse, lists of attention by warpgroups, the one kernel that reads its ring by plain loads, are no longer than its ring.
 
 Fails if there is a kernel that no call reached, or a result that is not finite.
 """
 
+import argparse
 import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
@@ -43,10 +49,10 @@ def calls(config: DSV4Config, sizes: Sizes, device: torch.device) -> Iterator[Ca
                 yield f"{case.what}, {B}x{T}, {dtype}", case.op, cast
 
 
-def all_calls(device: torch.device) -> Iterator[Call]:
+def all_calls(device: torch.device, reuse: bool = True) -> Iterator[Call]:
     nano = DSV4Config.nano()
     yield from calls(nano, SIZES, device)
-    wide = nano.replace(num_attention_heads=66, head_dim=256)
+    wide = nano.replace(num_attention_heads=66, head_dim=256, sliding_window=nano.sliding_window if reuse else 64)
     yield from (call for call in calls(wide, WIDE, device) if call[1].name == "attention")
 
 
@@ -85,12 +91,15 @@ def build(needed: list[tuple[Kernel, Any, Any]]) -> list[str]:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--without-reuse", action="store_true", help="what racecheck can follow")
+    made = partial(all_calls, reuse=not parser.parse_args().without_reuse)
     torch.manual_seed(0)
-    needed = launches_of(all_calls)
+    needed = launches_of(made)
     reached, failed = {kernel.name for kernel, _, _ in needed}, build(needed)
     missed = all_kernels() - reached
     bad, many = [], 0
-    for name, op, given in all_calls(torch.device("cuda")):
+    for name, op, given in made(torch.device("cuda")):
         claimed, _ = op.claim(given)
         if claimed is not None:
             out, many = op.target(*given.values()), many + 1

@@ -46,3 +46,17 @@ def test_default_configurations_do_not_spill(name, launches):
             if not used or any(k["stack"] or k["registers"] > 255 or k["shared"] > 227 << 10 for k in used.values()):
                 problems.append(f"{kernel.name} {shape} {config} {target}: {used}")
     assert not problems, "\n".join(problems)
+
+
+def test_without_reuse_no_list_is_longer_than_the_ring_of_attention_by_warpgroups(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setenv("DSV4_ARCH", "sm_90a")
+    once = importlib.import_module("benchmarks.once")
+    over = {}
+    for reuse in (True, False):
+        over[reuse] = []
+        for call in once.all_calls(torch.device("cpu"), reuse):
+            launched = once.launches_of(lambda device, call=call: [call]) if call[1].name == "attention" else []
+            rows = sum(call[2][name].shape[-1] for name in ("window", "index") if call[2].get(name) is not None)
+            over[reuse] += [rows - c.rows * c.stages for k, _, c in launched if k.name == "attention_wide"]
+    assert max(over[False]) <= 0 < max(over[True])
