@@ -10,7 +10,7 @@ quack`) get them as they want them, before the clock runs (benchmarks/peers.py).
 parts, is compiled with dsv4 for "ours"; one of which no part has a kernel has no such arm. In brackets: what a call launches.
 `least` is the time that the op's cost and the ceilings of this machine, measured first, allow; `share` is that over ours.
 Errors are against the op's meaning in fp64: norm of the difference over norm of the result; of integers, the share of a row's
-that another has not. Without a GPU the same runs at nano's sizes on the CPU.
+that another has not. An arm that runs out of memory has none of these. Without a GPU the same runs at nano's sizes on the CPU.
 """
 
 import argparse
@@ -98,12 +98,15 @@ def parts_run(op: Op, args: Inputs) -> bool:
 
 
 def errors(case: Case, arms: dict[str, Call], args: Inputs) -> dict[str, float]:
-    """By arm: the largest error among the outputs, on all rows or the first ones."""
+    """By arm: the largest error among the outputs, on all rows or the first ones; none of those that run out of memory."""
     small, rows = case.sample(args) if case.sample is not None else (args, None)
     wide = [a.double() if isinstance(a, torch.Tensor) and a.dtype in (bf16, torch.float32) else a for a in small]
     want, found = results(case.op.meaning(*wide)), {}
     for name, run in arms.items():
-        got = [g if rows is None else g[:rows] for g in results(run(*args))]
+        try:
+            got = [g if rows is None else g[:rows] for g in results(run(*args))]
+        except torch.OutOfMemoryError:
+            continue
         found[name] = max(wrong(g, w) for g, w in zip(got, want, strict=True))
     return found
 
@@ -134,13 +137,14 @@ def measured(case: Case, names: list[str], limits: Ceilings) -> dict[str, Any]:
     op, args = case.op, inputs_of(case)
     arms = arms_of(case, args, names)
     wrongs = errors(case, arms, args)
+    lost, arms = [a for a in arms if a not in wrongs], {a: f for a, f in arms.items() if a in wrongs}
     counts = {name: launches(f, args) for name, f in arms.items()}
     full = op.arguments(*args)
     cost = op.symbolic_cost().at(**(op.bound_sizes(full) or {}))
     flops, moved = float(cost.flops), float(cost.read + cost.write)
     copies, sweep = rotated(args)
     us = microseconds(arms, copies, sweep=sweep)
-    by = op.claim(full)[0]
+    by, lost = op.claim(full)[0], lost + [a for a in arms if a not in us]
     return dict(
         op=op.name,
         what=case.what,
@@ -148,6 +152,7 @@ def measured(case: Case, names: list[str], limits: Ceilings) -> dict[str, Any]:
         us=us,
         launches=counts,
         error=wrongs,
+        lost=lost,
         flops=flops,
         bytes=moved,
         least_us=limits.least(flops, moved) * 1e6,
@@ -165,7 +170,10 @@ def table(rows: list[dict[str, Any]], arms: list[str]) -> Table:
     made = Table("model", "op", "tokens", *columns[0], "least", "share", *columns[1])
     for r in rows:
         times = (
-            f"{r['us'][a]:.2f}" + (f" ({n})" if (n := r["launches"][a]) else "") if a in r["us"] else "" for a in arms
+            f"{r['us'][a]:.2f}" + (f" ({n})" if (n := r["launches"][a]) else "")
+            if a in r["us"]
+            else "no memory" * (a in r["lost"])
+            for a in arms
         )
         share = f"{r['least_us'] / r['us']['ours']:.2f}" if r["us"].get("ours") else ""
         off = (f"{r['error'][a]:.1e}" if a in r["error"] else "" for a in arms)
@@ -267,7 +275,8 @@ def main(arguments: list[str] | None = None) -> int:
         finally:
             if on_gpu():
                 torch.cuda.empty_cache()
-        print(name, {a: round(t, 2) for a, t in rows[-1]["us"].items()}, flush=True)
+        lost = "".join(f"; {a} runs out of memory" for a in rows[-1]["lost"])
+        print(name, {a: round(t, 2) for a, t in rows[-1]["us"].items()}, lost, flush=True)
         write()
     there = [a for a in ask.arms if a not in PEERS or any(a in r["us"] for r in rows)]
     Console(width=200).print(table(rows, there))

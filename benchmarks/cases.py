@@ -388,9 +388,14 @@ class Cases:
             rest = c.swiglu_limit, self.draw(X) * 0.1, None, s1, s3, s2, None, None, None, *r
             return self.x(N, D), *gates, w1, w3, w2, c.swiglu_limit, v1, v3, v2, *rest
 
-        def few_of(args: Inputs) -> tuple[Inputs, int]:
-            x, logits, *rest = args
-            return (x[:FEW], logits[:FEW], *rest), len(x[:FEW])
+        def few_of(args: Inputs) -> tuple[Inputs, int]:  # with the experts that they choose, in their order
+            a = experts.arguments(*args)
+            x, logits = a["x"][:FEW], a["logits"][:FEW]
+            hit = router.meaning(logits, a["bias"], k, 1.0, EPS)[0].unique()
+            for name in ("w1", "w3", "w2", "s1", "s3", "s2", "bias"):
+                if a[name] is not None:
+                    a[name] = as_bytes(a[name])[hit].view(a[name].dtype)
+            return tuple((a | dict(x=x, logits=logits[:, hit])).values()), len(x)
 
         for format, own in (("none", "none"), ("mxfp4", "fp8")):
             name = "bf16" if format == "none" else f"{format} and {own}"
@@ -403,8 +408,9 @@ class Cases:
         def first(args: Inputs) -> tuple[Inputs, int]:
             x, w, ends = args
             rows = min(len(x), FEW * k)
-            some = int((ends < rows).sum()) + 1
-            return (x[:rows], w[:some], ends[:some].clamp(max=rows)), rows
+            ends = ends.clamp(max=rows)
+            hit = ends.diff(prepend=ends.new_zeros(1)) > 0
+            return (x[:rows], w[hit], ends[hit]), rows
 
         yield Case("experts' first matrix, bf16", grouped_mm, grouped, first)
 

@@ -69,9 +69,11 @@ def plain() -> Iterator[None]:
     kept = {op: op.implementations[:] for op in OPS}
     for op in OPS:
         op.implementations.clear()
-    yield
-    for op, implementations in kept.items():
-        op.implementations.extend(implementations)
+    try:
+        yield
+    finally:
+        for op, implementations in kept.items():
+            op.implementations.extend(implementations)
 
 
 def compare(op: Op, calls: list[Call], rounds: int) -> tuple[float, float]:

@@ -53,20 +53,23 @@ def microseconds(
     arms: dict[str, Arm], inputs: Sequence[Inputs], rounds: int = ROUNDS, sweep: torch.Tensor | None = None
 ) -> dict[str, float]:
     """Median time of a call by arm; the arms take turns, forwards and backwards. `sweep`: memory that is overwritten before
-    each call; its own time is taken off. Raises Refused."""
+    each call; its own time is taken off. An arm that runs out of memory beside those before it has no time. Raises Refused."""
     if on_gpu() and sweep is None and not beyond_l2(inputs):
         raise Refused(f"{distinct(inputs) / 1e6:.1f} MB of inputs stay in L2: more copies, or `sweep`, are needed")
     before, runs = fingerprint(inputs[0]), {}
     for name, f in arms.items():
-        runs[name] = runner(f, inputs, sweep)
+        try:
+            runs[name] = runner(f, inputs, sweep)
+        except torch.OutOfMemoryError:
+            continue
         if fingerprint(inputs[0]) != before:
             raise Refused(f"arm {name!r} changes its inputs: the next arm would not see the same ones")
     empty = runner(nothing, inputs, sweep) if sweep is not None else None
-    times: dict[str, list[float]] = {name: [] for name in arms}
+    times: dict[str, list[float]] = {name: [] for name in runs}
     least = {name: run() for name, run in runs.items()}
     many = {name: max(1, min(rounds, int(LONGEST / 2 / t))) for name, t in least.items()}
     for i in range(rounds):
-        for name in (*arms, *reversed(arms)):
+        for name in (*runs, *reversed(runs)):
             if i < many[name]:
                 times[name].append(runs[name]())
     own = median(empty() for _ in range(2 * rounds)) if empty is not None else 0.0

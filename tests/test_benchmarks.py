@@ -66,6 +66,36 @@ def test_a_table_with_errors_ceilings_and_what_was_left_out(module, tmp_path, ca
     assert "no time was left: 5\n  nano, norm, 2x1" in capsys.readouterr().out
 
 
+def test_what_runs_out_of_memory_is_told_and_the_rest_is_measured(module, tmp_path, capsys, monkeypatch):
+    """Whether at once or when all its calls are to be captured. Ops have their implementations again after it."""
+    main, file, arm = module("__main__"), tmp_path / "found.json", module("__main__").arm
+
+    def full(*given):
+        with module("ops").plain():
+            raise torch.OutOfMemoryError
+
+    def later(call, seen):
+        return lambda *given: seen.append(1) or (call(*given) if len(seen) < 2 else full())
+
+    def arms(name, op, args):
+        if name == "eager":
+            return full
+        return later(arm("eager", op, args), []) if name == "inductor" else arm("eager", op, args)
+
+    before = {op: op.implementations[:] for op in OPS}
+    monkeypatch.setattr(main, "arm", arms)
+    few = ["--ops", "router", "--tokens", "2", "--prefill", "--arms", "eager", "inductor", "ours"]
+    assert main.main([*few, "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert found["rows"] and not found["failed"]
+    for row in found["rows"]:
+        assert row["lost"] == ["eager", "inductor"] and row["us"].keys() == {"ours"}
+        assert row["error"].keys() == {"inductor", "ours"}
+    said = capsys.readouterr().out
+    assert "eager runs out of memory; inductor runs out of memory" in said and "no memory" in said
+    assert {op: op.implementations for op in OPS} == before
+
+
 def test_cells_that_ours_loses(module):
     loses = module("__main__").loses
     assert loses({"us": {"eager": 3.0, "torch": 1.0, "ours": 1.1}})
