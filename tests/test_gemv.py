@@ -179,6 +179,7 @@ def test_a_wide_linear_of_many_vectors_is_exact(M, N, K, dtype, kernel_parity):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("rows", [1, 8, 12, 64, 512])
 def test_a_wide_linear_is_as_exact_as_products_in_fp32(rows):
     """Those of cuBLAS are off by 1e-7 to 6e-7, as it chooses their kernel; sums of all columns by tensor cores by 1e-6."""
