@@ -58,6 +58,26 @@ def tokens():
     return torch.randint(0, 331, (1, 24))
 
 
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, GPU])])
+def test_compiled_weights_are_read_as_they_are_stored(model, tokens, device, tmp_path):
+    """Nothing is packed: no tensor of the model moves or changes, and the checkpoint that it came from comes out again."""
+    model, tokens = model.to(device).requires_grad_(False), tokens.to(device)
+    save(model, tmp_path / "before")
+    before = {name: (t.data_ptr(), t.dtype, t.stride()) for name, t in model.state_dict().items()}
+    compiled = torch.compile(model, backend="dsv4", options={"inner": "eager", "strict": True, "lowerings": "*"})
+    state = model.new_state(1, 32)
+    compiled(tokens, state)
+    compiled(tokens[:, :1], state)
+    assert {name: (t.data_ptr(), t.dtype, t.stride()) for name, t in model.state_dict().items()} == before
+    save(model, tmp_path / "after")
+    files = [sorted((tmp_path / when).rglob("*.safetensors")) for when in ("before", "after")]
+    assert [f.name for f in files[0]] == [f.name for f in files[1]] != []
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*files, strict=True))
+
+
 def same(a: torch.nn.Module, b: torch.nn.Module) -> None:
     """Equal names, dtypes and bytes."""
     a, b = a.state_dict(), b.state_dict()

@@ -77,7 +77,7 @@ def test_run_succeeds(done) -> None:
     result, _ = done
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("def ")
-    for row in ("compile, s", "prefill, tokens/s", "decode, tokens/s", "max logit error", "bits per byte"):
+    for row in ("compile, s", "weights, MB", "state, MB", "prefill, tokens/s", "decode, tokens/s", "bits per byte"):
         assert row in result.stdout
     assert "compiling decode" in result.stderr
 
@@ -88,7 +88,11 @@ def test_report_holds_what_was_measured(done) -> None:
     assert set(report) == {
         *("sites", "counts", "compile_s", "first_token_s", "prefill_tok_s", "decode_tok_s"),
         *("max_logit_error", "median_logit_error", "p99_logit_error", "choices_changed", "bits_per_byte", "recompiles"),
+        "memory_mb",
     }
+    weights = sum(p.numel() * p.element_size() for p in DSV4(CONFIG.replace(num_hidden_layers=1)).state_dict().values())
+    assert report["memory_mb"]["weights"] == pytest.approx(weights / 1e6, rel=0.01)
+    assert report["memory_mb"]["state"] > 0 and report["memory_mb"]["beside"] is None
     assert report["recompiles"] == 0
     assert 0 < report["first_token_s"] and 0 < report["compile_s"]
     for rates in (report["prefill_tok_s"], report["decode_tok_s"]):

@@ -154,6 +154,7 @@ class Job:
                 self.screen.write(show(token))
         self.screen.write("\n\n")
         self.recompiles = graphs_compiled() - graphs
+        self.memory = measure.memory(self.model, loop.state)
         if self.warm:
             self.compile_prefill(runner.state())
 
@@ -240,6 +241,7 @@ class Job:
             "choices_changed": read.changed["compiled"],
             "bits_per_byte": read.bits_per_byte,
             "recompiles": self.recompiles,
+            "memory_mb": self.memory,
         }
 
     def plain_inductor(self, ids: list[int]) -> measure.Forward:

@@ -69,6 +69,11 @@ class Screen:
         row("compile, s", result["compile_s"], ".1f")
         row("first token, s", result["first_token_s"], ".1f")
         row("recompiles while decoding", result["recompiles"], "d")
+        memory = result["memory_mb"]
+        row("weights, MB", memory["weights"], ".1f")
+        row("state, MB", memory["state"], ".1f")
+        if memory["beside"] is not None:
+            row("most memory beside them, MB", memory["beside"], ".1f")
         table.add_section()
         row("prefill, tokens/s", result["prefill_tok_s"], ".1f")
         row("decode, tokens/s", result["decode_tok_s"], ".1f")
