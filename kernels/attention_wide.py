@@ -29,7 +29,8 @@ BRINGING = 128
 THREADS = MULTIPLYING + BRINGING
 REGISTERS = 40, 232  # of a thread that brings and of one that multiplies
 SHARED = 227 * 1024  # bytes of a block
-# Named barriers: of all threads that multiply; two by which their warpgroups take turns; of all, one for each place of the ring
+# Named barriers, of 16: of all threads that multiply; two by which their warpgroups take turns; of all, one for each place of
+# the ring
 AMONG, TURN, FREE = 1, 2, 4
 
 

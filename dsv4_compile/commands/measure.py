@@ -43,7 +43,8 @@ class Sizes:
 
 
 def memory(model: DSV4, state: State) -> dict[str, float | None]:
-    """MB of the model's tensors and of a state's; on a GPU also `beside`, what was allocated besides both at most."""
+    """MB of the model's tensors and of a state's; on a GPU also `beside`, what was allocated besides both at most
+    since the count of it began anew."""
     weights = size(*model.parameters(), *model.buffers())
     kept = size(state.position, *(part for layer in state.layers for part in layer.parts()))
     most = torch.cuda.max_memory_allocated() if state.position.is_cuda else None

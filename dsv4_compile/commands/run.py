@@ -92,6 +92,8 @@ class Job:
         """Model, tokenizer and prompt."""
         with self.screen.step("loading") as step:
             self.model, folder = inputs.load_model(self.ask.model, device, dtype, step.at)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # what loading took for a while is not what running takes
         config = self.model.config
         self.text = text_of(folder, config)
         self.begin = list(special(config.bos_token_id)[:1])
