@@ -9,6 +9,14 @@ PLAIN = torch.bfloat16, torch.float32  # what is widened for an oracle; stored w
 torch.set_num_threads(1)  # small tensors: threads would only wait for each other, most of all beside other processes
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` are skipped where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 @pytest.fixture(autouse=True)
 def fresh():
     """Every test compiles anew and draws the same numbers."""
@@ -65,8 +73,6 @@ def rewritten_by():
 def kernel_parity(poisoned):
     """kernel_parity(op, *args, rtol, atol): the op's kernel, on a GPU, against its meaning in fp64 on the CPU: three launches
     in a row, then captured, with other inputs at replay. Integers must be equal."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
 
     def several(result):
         return result if isinstance(result, tuple) else (result,)

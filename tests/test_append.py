@@ -265,7 +265,6 @@ def test_the_kernel_writes_normed_and_turned_rows(B, T, S, d, dr, dtype, shared,
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
 def test_the_kernel_writes_in_place_and_nothing_else(dtypes):
     args = [a.cuda() if isinstance(a, torch.Tensor) else a for a in keys_of(3, 2, 11, 64, 16, *dtypes, False)]

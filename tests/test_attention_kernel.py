@@ -120,8 +120,6 @@ def error(got, want):
 @pytest.fixture
 def check(poisoned):
     """check(*args): three launches, each against the formula; unnamed rows are NaN. In bf16, no worse than plain bf16."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
 
     def run(*args):
         args = on_gpu(args)
@@ -243,8 +241,6 @@ def test_the_largest_score_may_come_in_any_tile(place, check):
 @pytest.mark.gpu
 @pytest.mark.parametrize("K", [None, 40, 1000])
 def test_the_sum_is_divided_once_however_many_tiles_and_blocks_there_are(K):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     q, keys, window, sink, entries, index, scale = on_gpu(case(B=1, T=2, h=64, d=512, K=K, none=0.0))
     for x in (keys, entries):
         if x is not None:
@@ -256,8 +252,6 @@ def test_the_sum_is_divided_once_however_many_tiles_and_blocks_there_are(K):
 @pytest.mark.gpu
 def test_the_sink_goes_where_it_belongs():
     """Compressed logits (1.2, -0.3, 0.7) with values (1, 2, 3), window logits (0.1, 2.0) with values (10, 20), sink 0.5."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     values = {10.0: 0.1, 20.0: 2.0, 1.0: 1.2, 2.0: -0.3, 3.0: 0.7}
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.06)):
         rows, q = torch.zeros(1, 5, 64), torch.zeros(1, 1, 1, 64)
@@ -282,8 +276,6 @@ def test_a_part_of_a_cache_is_read_in_place(check):
 @pytest.mark.parametrize("d", [64, 48, 512])
 @pytest.mark.parametrize("of_table", [(2, 3), (1, 3), (2, 1), (1, 1)], ids=str)
 def test_the_result_is_turned_back(of_table, d, dtype, poisoned):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     dr = 16
     args = (*on_gpu(case(d=d, dtype=dtype)), False)
     angle = torch.rand(*of_table, 1, dr // 2, device="cuda") * 6
@@ -326,8 +318,6 @@ def run(shape, config, *args):
 def guarded():
     """guarded(config, arguments, turned, [on_window]): launched three times with guards around the result, the rows of
     which the caller turns back, if at all; against the formula, no worse than plain bf16."""
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
 
     def launched(config, args, turned, on_window=False):
         q, keys, window, sink, entries, index, scale = on_gpu(args)

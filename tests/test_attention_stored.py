@@ -20,7 +20,6 @@ from dsv4_compile.lowerings.kv import layout, pack_kv, unpack_kv
 from dsv4_compile.reference_model import DSV4, DSV4Config
 
 E4M3, DR = torch.float8_e4m3fn, 64
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.mark.parametrize(("d", "heads"), [(512, 64), (512, 128), (256, 6)])
@@ -105,7 +104,6 @@ def checked(args, on_window=False, run=None):
         assert error(got, want) <= 1.05 * error(eager, want) + 1e-9
 
 
-@gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("on_window", [False, True])
 @pytest.mark.parametrize(
@@ -117,7 +115,6 @@ def test_lengths(lengths, on_window, poisoned):
     checked(case(W=lengths[0], K=lengths[1], none=0.0 if sum(n or 0 for n in lengths) < 3 else 0.2), on_window)
 
 
-@gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "shape",
@@ -131,7 +128,6 @@ def test_queries_heads_and_channels(shape, poisoned):
     checked(case(**dict(W=128, K=512, S=128, E=600) | shape))
 
 
-@gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "config", [c for c in kernel.configs(kernel.Shape(512, 70, True, False, 0)) if c.splits != 4], ids=str
@@ -151,7 +147,6 @@ def test_every_kind_of_configuration(config):
     checked(case(h=70, W=50, K=300), run=run)
 
 
-@gpu
 @pytest.mark.gpu
 def test_a_part_of_a_cache_is_read_in_place_and_turned_back(poisoned):
     args = [a.cuda() if isinstance(a, torch.Tensor) else a for a in case(B=3, T=1, h=64)]
@@ -177,7 +172,6 @@ def same_rows(got, want, d, dr):
     assert apart.max() <= 1 and (apart > 0).float().mean() < 0.02, (apart.max(), (apart > 0).float().mean())
 
 
-@gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize(("B", "T", "d", "dr"), [(1, 1, 512, 64), (64, 1, 512, 64), (3, 5, 144, 16)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -195,7 +189,6 @@ def test_keys_are_written(B, T, d, dr, dtype):
     same_rows(ring, want, d, dr)
 
 
-@gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("B", "d", "dr", "overlap", "closed"),
@@ -218,7 +211,6 @@ def test_entries_are_written(B, d, dr, overlap, closed):
     same_rows(got[2], want[2], d, dr)
 
 
-@gpu
 @pytest.mark.gpu
 def test_whole_steps_of_decoding():
     """Compiled, against eager, from one prompt; all that attention and its caches do in kernels. Every expert and every entry

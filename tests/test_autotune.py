@@ -260,8 +260,6 @@ def test_an_unknown_way_to_tune_is_refused():
 
 @pytest.mark.gpu
 def test_attention_is_tuned_and_stays_right(tmp_path, monkeypatch, settings):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     monkeypatch.setattr(base, "STORE", Store(tmp_path))
     monkeypatch.setattr(autotune, "BUDGET", 6.0)
     q, keys = (torch.randn(2, 1, *s, device="cuda").bfloat16() for s in ((4, 64), (64,)))

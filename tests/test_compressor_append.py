@@ -216,7 +216,6 @@ SCALED_SHAPES = [
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("shape", SCALED_SHAPES, ids=str)
 def test_the_kernel_quantises_what_the_compressor_gives(shape):
     """To the bit, where the compressor's own kernel has made the entries; and writes nothing else."""
@@ -247,7 +246,6 @@ def alone(args):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("narrow", [True, False])
 @pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
 def test_the_kernel_gives_the_bits_of_the_chain_in_place_and_writes_nothing_else(shape, narrow):

@@ -13,8 +13,6 @@ from dsv4_compile import cudagraph
 from dsv4_compile.cudagraph import Captured, captured
 from dsv4_compile.errors import DSV4Warning
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 
 class Pretend:
     """Counts what a GPU would do. `written`: the tensors that the work may write."""
@@ -228,7 +226,6 @@ def test_symbolic_sizes_and_two_devices_are_told():
 # On a GPU
 
 
-@needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_a_captured_call_is_the_call(context):
@@ -244,7 +241,6 @@ def test_a_captured_call_is_the_call(context):
         torch.testing.assert_close(state, want_state)
 
 
-@needs_gpu
 @pytest.mark.gpu
 def test_a_wait_for_the_gpu_ends_capture_and_the_result_is_right():
     def run(x):

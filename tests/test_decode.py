@@ -16,8 +16,7 @@ from dsv4_compile.reference_model import DSV4, DSV4Config, Loop, decode_step, dr
 from dsv4_compile.reference_model.sample import argmax, philox
 
 KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-DEVICES = ["cpu", pytest.param("cuda", marks=gpu)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def small(kinds=KINDS) -> DSV4:
@@ -154,7 +153,6 @@ def model():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_several_rows_draw_what_the_cpu_draws():
     args = torch.randn(3, 5000), torch.full((1,), 0.8), torch.full((1,), 3), torch.tensor([4, 4, 90])
     got = torch.compile(draw, dynamic=False, fullgraph=True)(*(a.cuda() for a in args))
@@ -162,7 +160,6 @@ def test_several_rows_draw_what_the_cpu_draws():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_nano_as_one_graph_writes_the_text_that_the_cpu_writes(model, temperature):
     """fp32, greedy and sampled: tokens equal; a steady step waits for nothing, compiles nothing and is one launch."""

@@ -187,7 +187,6 @@ def test_the_kernel_is_the_meaning(sizes, way, format, own, dtype, kernel_parity
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_vector_that_is_not_finite_spoils_its_own_row_only():
     args = [a.cuda() if isinstance(a, torch.Tensor) else a for a in case(N=3, k=2, X=12, D=512, I=256, H=256)]
     plain = experts(*args)

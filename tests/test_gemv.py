@@ -179,7 +179,6 @@ def test_a_wide_linear_of_many_vectors_is_exact(M, N, K, dtype, kernel_parity):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("rows", [1, 8, 12, 64, 512])
 def test_a_wide_linear_is_as_exact_as_products_in_fp32(rows):
     """Those of cuBLAS are off by 1e-7 to 6e-7, as it chooses their kernel; sums of all columns by tensor cores by 1e-6."""
@@ -200,7 +199,6 @@ def on_gpu(*args):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("M", [1, 8])
 def test_no_more_error_than_eager(format, M):
@@ -237,7 +235,6 @@ def test_experts_in_single_precision(format, kernel_parity):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("format", ["bf16", "fp8", "mxfp4", "nvfp4"])
 def test_experts_have_no_more_error_than_eager(format):
     kernel, eager = errors(moe, *on_gpu(*choices(4, 6, 16, 1024, 512, format)))
@@ -245,7 +242,6 @@ def test_experts_have_no_more_error_than_eager(format):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_strange_numbers_stay_where_they_are():
     x, (weight, scale, _) = vectors(3, 256).cuda(), on_gpu(*matrix("fp8", 160, 256))
     weight.view(torch.uint8)[5, 7] = 0x7F
@@ -261,7 +257,6 @@ def test_strange_numbers_stay_where_they_are():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_kernels_write_their_outputs_alone():
     weight, scale, _ = on_gpu(*matrix("fp8", 33, 64))
     shape = gemv.Shape(2, 1, 33, 64, "fp8", True, "bf16", "bf16")
@@ -292,7 +287,6 @@ SCALED = "fp8, scales in fp32"
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
     ("format", "M"),
     [
@@ -323,7 +317,6 @@ def test_every_configuration_says_the_same(format, M):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("format", ["bf16", "fp8", "mxfp4"])
 def test_launches_that_overlap_wait_for_each_other(format):
     """A chain of layers, each on what the one before writes, in eager mode and from a graph."""

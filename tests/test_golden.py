@@ -19,9 +19,7 @@ PROMPT, NEW, TEXT = 300, 64, 8192  # tokens, tokens, bytes
 
 DEVICES = [
     "cpu",
-    pytest.param(
-        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-    ),
+    pytest.param("cuda", marks=pytest.mark.gpu),
 ]
 
 

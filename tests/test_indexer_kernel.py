@@ -130,9 +130,6 @@ def test_channels_of_stored_keys_meet_those_of_the_queries():
 
 # On a GPU
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-on_a_gpu = lambda f: gpu[0](gpu[1](f))  # noqa: E731
-
 
 def case(B=1, T=1, h=64, d=128, E=1000, seed=0, shared=False):
     """Small whole numbers: scores are exact in any order of their sums, and many are equal. `keys` is a part of a pool."""
@@ -169,7 +166,7 @@ def best(q, keys, w, visible, k):
     return out
 
 
-@on_a_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("k", [1, 3, 512, 1000])
 @pytest.mark.parametrize("E", [1, 15, 16, 17, 513, 1000, 2048, 5000, 33_000, 262_144])
 def test_the_best_entries_and_of_equal_ones_the_lower(E, k, poisoned):
@@ -179,7 +176,7 @@ def test_the_best_entries_and_of_equal_ones_the_lower(E, k, poisoned):
             assert torch.equal(indexer(*args, min(k, E)), best(*args, min(k, E)))
 
 
-@on_a_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(("h", "d"), [(1, 32), (5, 64), (16, 32), (33, 96), (64, 128)])
 def test_other_sizes(h, d, poisoned):
     args = case(2, 3, h, d, 3001)
@@ -192,7 +189,7 @@ def quarters(B, T, dr, seed=0):
     return (turns % 2 == 0) * (1.0 - turns), (turns % 2 == 1) * (2.0 - turns)
 
 
-@on_a_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(("h", "d", "dr"), [(64, 128, 64), (8, 32, 16), (16, 64, 64), (5, 96, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_queries_are_turned_and_weights_may_be_bf16(h, d, dr, dtype, poisoned):
@@ -207,7 +204,7 @@ def test_queries_are_turned_and_weights_may_be_bf16(h, d, dr, dtype, poisoned):
             )
 
 
-@on_a_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("config", every(TURNED), ids=str)
 def test_every_configuration(config):
     for E in (700, 2000, 9000, 40_000):
@@ -227,7 +224,7 @@ def test_every_configuration(config):
         assert torch.equal(out.view(3, 1, 512), best(rope(q, *tables, False), keys, w, visible, 512)), E
 
 
-@on_a_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("k", [1, 100, 512])
 @pytest.mark.parametrize("E", [1, 15, 16, 17, 513, 1000, 2048, 5000, 33_000, 262_144])
 def test_the_best_of_stored_keys(E, k, poisoned):
@@ -238,7 +235,7 @@ def test_the_best_of_stored_keys(E, k, poisoned):
             assert torch.equal(got, best(*plain, min(k, E)))
 
 
-@on_a_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(("h", "d", "dr"), [(1, 64, 0), (16, 64, 64), (33, 128, 8), (64, 128, 64)])
 def test_stored_keys_of_other_sizes_and_turned_queries(h, d, dr, poisoned):
     for E in (600, 20_000):
@@ -249,7 +246,7 @@ def test_stored_keys_of_other_sizes_and_turned_queries(h, d, dr, poisoned):
         assert torch.equal(got, best(turned, *plain[1:], 100))
 
 
-@on_a_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("config", every(STORED), ids=str)
 def test_every_configuration_of_stored_keys(config):
     for E in (700, 2000, 9000, 40_000):
@@ -268,7 +265,7 @@ def test_every_configuration_of_stored_keys(config):
         assert torch.equal(out.view(3, 1, 512), best(rope(q, *tables, False), *plain[1:], 512)), E
 
 
-@on_a_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("config", [None, *{(c.grouped, c.apart): c for c in every(STORED) if c.room > 8192}.values()])
 @pytest.mark.parametrize("E", [3000, 20_000])
 def test_the_choice_among_stored_keys_is_better_than_eagers(E, config):
@@ -296,7 +293,7 @@ def test_the_choice_among_stored_keys_is_better_than_eagers(E, config):
         assert int(chosen.sum()) == 512 and lost <= (eager - score).abs().max() / 4
 
 
-@on_a_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("E", [2048, 40_000])
 def test_a_captured_call_reads_how_many_entries_are_seen(E):
     args = case(2, 1, E=E)
@@ -314,7 +311,7 @@ def test_a_captured_call_reads_how_many_entries_are_seen(E):
             assert torch.equal(got, best(*args, 512)), n
 
 
-@on_a_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("E", [3000, 50_000])
 def test_scores_that_differ_little(E):
     """Of random numbers: only entries whose scores are equal in fp32, nearly, may stand for each other."""

@@ -408,8 +408,6 @@ def test_all_that_they_launch_compiles_and_does_not_spill(hopper):
 
 @pytest.fixture(scope="session")
 def compiled():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     assert build(launched()) == []
 
 
@@ -471,7 +469,6 @@ def test_attention_in_parts_gives_the_same_bits(compiled, alike, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("stored", [False, True], ids=["bf16", "stored"])
 def test_a_sequence_alone_and_among_others_has_the_same_logits(stored, alike):
     """Compiled decode steps, over closed windows of all compressors."""

@@ -170,7 +170,6 @@ def test_a_norm_in_front_is_the_meaning(M, rows, K, format, weight, kernel_parit
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("M", [1, 2, 8])
 @pytest.mark.parametrize("format", ["bf16", "fp8"])
 def test_each_is_as_exact_as_eager(format, M):

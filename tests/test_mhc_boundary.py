@@ -206,7 +206,6 @@ def test_the_kernel_is_the_meaning(lead, n, D, dtype, kernel_parity):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("D", [192, 200])
 @pytest.mark.parametrize("lead", [(1,), (5,), (16,)], ids=str)
 def test_every_division_and_a_last_collapse(lead, D, monkeypatch, poisoned):
