@@ -137,14 +137,14 @@ def measured(case: Case, names: list[str], limits: Ceilings) -> dict[str, Any]:
     op, args = case.op, inputs_of(case)
     arms = arms_of(case, args, names)
     wrongs = errors(case, arms, args)
-    lost, arms = [a for a in arms if a not in wrongs], {a: f for a, f in arms.items() if a in wrongs}
-    counts = {name: launches(f, args) for name, f in arms.items()}
+    fitting = {name: f for name, f in arms.items() if name in wrongs}
+    counts = {name: launches(f, args) for name, f in fitting.items()}
     full = op.arguments(*args)
     cost = op.symbolic_cost().at(**(op.bound_sizes(full) or {}))
     flops, moved = float(cost.flops), float(cost.read + cost.write)
     copies, sweep = rotated(args)
-    us = microseconds(arms, copies, sweep=sweep)
-    by, lost = op.claim(full)[0], lost + [a for a in arms if a not in us]
+    us = microseconds(fitting, copies, sweep=sweep)
+    by = op.claim(full)[0]
     return dict(
         op=op.name,
         what=case.what,
@@ -152,7 +152,7 @@ def measured(case: Case, names: list[str], limits: Ceilings) -> dict[str, Any]:
         us=us,
         launches=counts,
         error=wrongs,
-        lost=lost,
+        lost=[name for name in arms if name not in us],
         flops=flops,
         bytes=moved,
         least_us=limits.least(flops, moved) * 1e6,

@@ -357,7 +357,7 @@ class Cases:
         def few(args: Inputs) -> tuple[Inputs, int]:  # the experts of the first tokens, numbered anew
             x, expert, gate, *weights = args
             hit, expert = expert[:FEW].unique(return_inverse=True)
-            picked = (as_bytes(t)[hit].view(t.dtype) if isinstance(t, Tensor) else t for t in weights)
+            picked = (rows_of(t, hit) if isinstance(t, Tensor) else t for t in weights)
             return (x[:FEW], expert, gate[:FEW], *picked), len(expert)
 
         for format in ("none", "mxfp4"):
@@ -394,7 +394,7 @@ class Cases:
             hit = router.meaning(logits, a["bias"], k, 1.0, EPS)[0].unique()
             for name in ("w1", "w3", "w2", "s1", "s3", "s2", "bias"):
                 if a[name] is not None:
-                    a[name] = as_bytes(a[name])[hit].view(a[name].dtype)
+                    a[name] = rows_of(a[name], hit)
             return tuple((a | dict(x=x, logits=logits[:, hit])).values()), len(x)
 
         for format, own in (("none", "none"), ("mxfp4", "fp8")):
@@ -434,6 +434,11 @@ class Cases:
         yield Case("SiLU", silu, lambda: (self.x(N * k, I),))
         yield Case("softplus", softplus, lambda: (self.draw(N, E),))
         yield Case("softmax", softmax, lambda: (self.draw(N, c.num_attention_heads, c.sliding_window), -1))
+
+
+def rows_of(t: Tensor, index: Tensor) -> Tensor:
+    """t[index], of any type."""
+    return as_bytes(t)[index].view(t.dtype)
 
 
 def as_bytes(t: Tensor) -> Tensor:

@@ -110,6 +110,10 @@ class State:
     max_len: int
     draft: int
 
+    def tensors(self) -> list[Tensor]:
+        """The position and all that layers remember."""
+        return [self.position, *(p for layer in self.layers for p in layer.parts() if isinstance(p, Tensor))]
+
     @staticmethod
     def empty(
         config: DSV4Config,

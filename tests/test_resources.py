@@ -27,14 +27,14 @@ ALL, FEW = os.environ.get("DSV4_TEST_CONFIGS") == "all", 1
 SIZES = {(1, 1): (torch.bfloat16,), (8, 1): (torch.bfloat16,)}
 
 
-def spilling(name, arch):
-    """Kinds of kernels that a model of this name launches on this architecture, and what spills, of as many as are asked."""
+def spilling(name):
+    """Kinds of kernels that a model of this name launches, and what spills, of as many as are asked."""
     sys.path.insert(0, str(ROOT))
     found = importlib.import_module("benchmarks.once").launches(getattr(DSV4Config, name)(), SIZES)
     random.Random(datetime.now(UTC).date().toordinal()).shuffle(found)
     problems = []
     for kernel, shape, config in found if ALL else found[:FEW]:
-        used = kernel.build(shape, config, arch)[1]["kernels"]
+        used = kernel.build(shape, config)[1]["kernels"]
         if not used or any(k["stack"] or k["registers"] > 255 or k["shared"] > 227 << 10 for k in used.values()):
             problems.append(f"{kernel.name} {shape} {config}: {used}")
     return sorted({kernel.name for kernel, _, _ in found}), problems
@@ -46,7 +46,7 @@ def test_default_configurations_do_not_spill(name, arch):
     """For sm_100a, where nobody has tried them, kernels compile and are not run; there none has products of a warpgroup. A
     process is of one architecture."""
     own = os.environ | {"DSV4_ARCH": arch}
-    done = subprocess.run([sys.executable, __file__, name, arch], env=own, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, name], env=own, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kinds, problems = json.loads(done.stdout.splitlines()[-1])
     assert {"gemv", "linears", "experts", "attention", "indexer", "prologue", "mhc_boundary", "rms_norm"} <= {*kinds}

@@ -40,10 +40,6 @@ PROPERTY = r"\.(mT|T)\b"  # of a parameter, in a nested region: torch's Dynamo (
 CASES = list(itertools.product(spellings.KINDS, (19, 1), ("moe", "hash_moe")))  # layer, tokens, router
 
 
-def tensors(state: State) -> list[torch.Tensor]:
-    return [state.position, *(p for layer in state.layers for p in layer.parts() if torch.is_tensor(p))]
-
-
 def rebuilt(state: State, given: list[torch.Tensor]) -> State:
     """A state like `state` of other tensors."""
     rest = iter(given)
@@ -60,7 +56,7 @@ def rewritten(model, tokens, state):
         own = dict(zip(parameters, given, strict=False))
         return functional_call(model, own, (tokens, rebuilt(state, given[len(own) :])))
 
-    inputs = [tokens, *parameters.values(), *tensors(state)]
+    inputs = [tokens, *parameters.values(), *state.tensors()]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad(), enable_python_dispatcher():
         fakes = [mode.from_tensor(x) for x in inputs]
         traced = make_fx(functionalize(run), decomposition_table=select_decomp_table())(*fakes)

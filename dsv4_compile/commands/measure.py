@@ -46,16 +46,15 @@ def memory(model: DSV4, state: State) -> dict[str, float | None]:
     """MB of the model's tensors and of a state's; on a GPU also `beside`, what was allocated besides both at most
     since the count of it began anew."""
     weights = size(*model.parameters(), *model.buffers())
-    kept = size(state.position, *(part for layer in state.layers for part in layer.parts()))
+    kept = size(*state.tensors())
     most = torch.cuda.max_memory_allocated() if state.position.is_cuda else None
     found = dict(weights=weights, state=kept, beside=None if most is None else most - weights - kept)
     return {name: None if count is None else count / 1e6 for name, count in found.items()}
 
 
-def size(*given: object) -> int:
-    """Bytes of the memory that tensors lie in, each counted once; what is no tensor has none."""
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in given if isinstance(t, Tensor)}
-    return sum(held.values())
+def size(*given: Tensor) -> int:
+    """Bytes of the memory that tensors lie in, each counted once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in given}.values())
 
 
 class Runner:
