@@ -4,11 +4,12 @@
                          [--budget SECONDS] [--json FILE] [--picture FILE]
     dsv4 bench ...
 
-Each request has one token (decode), or there is one request of many (prefill). Every arm is a CUDA graph of many calls, each
-on its own copy of the same inputs, which come from memory; arms take turns. Other libraries (`--arms torch flash_mla deep_gemm
+Each request has one token (decode), or there is one request of many (prefill). Every arm is a CUDA graph of many calls, each on
+its own copy of the same inputs, which come from memory; arms take turns. Other libraries (`--arms torch flash_mla deep_gemm
 quack`) get them as they want them, before the clock runs (benchmarks/peers.py). An op that nobody implements as a whole, but in
-parts, is compiled with dsv4 for "ours"; one of which no part has a kernel has no such arm. In brackets: what a call launches.
-`least` is the time that the op's cost and the ceilings of this machine, measured first, allow; `share` is that over ours.
+parts, or that a compiled model leaves to Inductor, is compiled with dsv4 for "ours"; one of which no part has a kernel has no
+such arm. In brackets: what a call launches. `least` is the time that the op's cost and the ceilings of this machine, measured
+first, allow; `share` is that over ours.
 Errors are against the op's meaning in fp64: norm of the difference over norm of the result; of integers, the share of a row's
 that another has not. An arm that runs out of memory has none of these. Without a GPU the same runs at nano's sizes on the CPU.
 """
@@ -31,7 +32,7 @@ from benchmarks.cases import Case, Cases, Inputs, bf16
 from benchmarks.ops import plain
 from benchmarks.peers import ABSENT, PEERS
 from benchmarks.timing import Ceilings, ceilings, launches, microseconds, on_gpu, rotated, size
-from dsv4_compile.op import Op
+from dsv4_compile.op import Implementation, Op
 from dsv4_compile.reference_model import DSV4Config
 
 Call = Callable[..., Any]
@@ -74,9 +75,14 @@ def arm(name: str, op: Op, args: Inputs) -> Call | None:
                 return op.meaning(*given)
 
         return eager
-    if op.claim(op.arguments(*args))[0] is not None:
+    if claimed(op, args) is not None:
         return op.target
     return compiled(op, {}) if parts_run(op, args) else None
+
+
+def claimed(op: Op, args: Inputs) -> Implementation | None:
+    """Who runs an op in a compiled model, where what a kernel does slower is left to Inductor."""
+    return op.claim(op.arguments(*args), if_worth=True)[0]
 
 
 def compiled(op: Op, options: dict[str, Any]) -> Call:
@@ -90,7 +96,10 @@ def parts_run(op: Op, args: Inputs) -> bool:
     from dsv4_compile.kernel import trying
 
     with trying() as trial:
-        op.target(*args)
+        try:
+            op.target(*args)
+        except torch.OutOfMemoryError:  # compiled, it may need less
+            return True
     return bool(trial.seen)
 
 
@@ -144,7 +153,7 @@ def measured(case: Case, names: list[str], limits: Ceilings) -> dict[str, Any]:
     flops, moved = float(cost.flops), float(cost.read + cost.write)
     copies, sweep = rotated(args)
     us = microseconds(fitting, copies, sweep=sweep)
-    by = op.claim(full)[0]
+    by = claimed(op, args)
     return dict(
         op=op.name,
         what=case.what,

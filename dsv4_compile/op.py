@@ -108,8 +108,9 @@ def at_least(count: int, rows: Callable[[Any], Any]) -> Callable[[Any], bool | s
 
 
 def at_most(count: int, rows: Callable[[Any], Any]) -> Callable[[Any], bool | str]:
-    """For `worth`: few enough rows, as `rows` counts them in the arguments. A number that is not known is few enough."""
-    return lambda a: not known(rows(a) > count) or f"more than {count} rows"
+    """For `worth`: few enough rows, as `rows` counts them in the arguments. A number that is not known is few enough, and any
+    where results must not depend on it."""
+    return lambda a: alike() or not known(rows(a) > count) or f"more than {count} rows"
 
 
 def left_to_inductor(a: Any) -> str:

@@ -86,6 +86,12 @@ def configs_of(work: Work, needs: Needs = Needs()) -> list[Config]:
     return ranked(work, needs, chosen[0]) if chosen else []
 
 
+@cache
+def microseconds(work: Work) -> float:
+    """Of a launch, as the cost model has it."""
+    return cost(work, configs_of(work)[0])
+
+
 def together(first: tuple[Work, Needs], second: tuple[Work, Needs], few: int) -> Iterator[tuple[Config, Config]]:
     """The configurations of two streams side by side, best first. few: of either, how many are tried."""
     streams = first, second

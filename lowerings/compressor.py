@@ -3,7 +3,9 @@
 import torch
 
 from dsv4_compile.lowerings.norm import DTYPES
-from dsv4_compile.op import Cost, Tensor, acc, compact, left_to_inductor, op
+from dsv4_compile.op import Cost, Tensor, acc, alike, compact, known, left_to_inductor, op
+
+LONG, FEW = 64, 16  # rows of a window, which a block goes through one after the other; windows
 
 
 @op("dsv4::compressor")
@@ -90,7 +92,13 @@ def fits_the_kernel(a) -> bool | str:
     return True
 
 
-@compressor.on("cuda", arch="sm_90+", when=fits_the_kernel)
+def short_or_many(a) -> bool | str:
+    B, n, R = a.index.shape
+    few = known(n > 1) and known(B * n < FEW) and known(R >= LONG)  # of one window a token most do not close
+    return alike() or not few or f"fewer than {FEW} windows of {LONG} rows or more"
+
+
+@compressor.on("cuda", arch="sm_90+", when=fits_the_kernel, worth=short_or_many)
 def _(c, z, index, weight, cos, sin, eps, overlap):
     from dsv4_compile.kernels.compressor import Shape, launch
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 ROWS = 8  # of one launch
 ROWS_OF_STORED = 16  # of one launch that multiplies stored weights by bf16: parts of vectors share a wide instruction
 MOST = 64  # of launches after each other: beyond them it is no longer reading that bounds a product
+# What others need for a stored matrix on an H200: microseconds of two launches, of which one makes numbers and one multiplies
+# by them, and bytes a microsecond of what they read and write.
+APART, APART_BYTES = 8.0, 3.45e6
 ALIGNED = {"bf16": 8, "fp32": 8, "fp8": 16, "mxfp4": 32, "nvfp4": 32}  # columns of a row's loads
 
 
@@ -104,29 +107,74 @@ def multiply(
     x: Tensor, weight: Tensor, scale: Tensor | None, scale_2: Tensor | None, out: torch.dtype, by_token: bool = False
 ) -> Tensor:
     """x [G, M, K], weight [G R, K] as stored -> [G, M, R] of dtype `out`; by_token: x [M, G, K] -> [M, G, R]."""
-    from dsv4_compile.kernels.gemv import Shape, launch
+    from dsv4_compile.kernels.gemv import launch
 
     tokens = 0 if by_token else 1
     M, G, K = x.shape[tokens], x.shape[1 - tokens], x.shape[2]
-    R = weight.shape[0] // G
-    y = torch.empty(*x.shape[:2], R, dtype=out, device=x.device)
+    y = torch.empty(*x.shape[:2], weight.shape[0] // G, dtype=out, device=x.device)
     if y.numel() == 0 or K == 0:
         return y.zero_()
-    format = format_of(weight, scale, scale_2)
+    shape = shape_of(M, G, K, (weight, scale, scale_2), x.dtype, out, by_token)
+    n = vectors_at_once(shape, rows_of_launch(x, scale))
+    if n < M and G > 1 and not by_token:  # a launch's vectors shall lie in one piece
+        return compact(multiply(compact(x.transpose(0, 1)), weight, scale, scale_2, out, by_token=True).transpose(0, 1))
+    stored = words(weight), flat(scale), None if scale_2 is None else scale_2.view(1)
+    for first, m in turns(M, n):
+        given, rows = (some(t, first, m, tokens) for t in (x, y))
+        early = int(settled(rows, weight, scale, scale_2))
+        launch(replace(shape, M=m), compact(given), *stored, rows, early)
+    return y
+
+
+def shape_of(
+    M: int,
+    G: int,
+    K: int,
+    stored: tuple[Tensor, Tensor | None, Tensor | None],
+    dtype: torch.dtype,
+    out: torch.dtype,
+    by_token: bool = False,
+) -> "Shape":
+    """Of the kernel that multiplies M vectors of K columns and `dtype` in each of G groups. stored: weight, scale, scale_2."""
+    from dsv4_compile.kernels.gemv import Shape
+
+    weight, scale, _ = stored
+    format = format_of(*stored)
     assert format is not None, "`streams` was not asked"
     e8m0 = scale is None or scale.dtype != torch.float32
-    shape = Shape(M, G, R, K, format, e8m0, DTYPES[x.dtype], DTYPES[out], by_token)
-    stored = words(weight), flat(scale), None if scale_2 is None else scale_2.view(1)
-    most = rows_of_launch(x, scale)
-    for first, m in turns(M, rows_at_once(replace(shape, M=most if alike() else even(M, most)), alike())):
-        lies_apart = not by_token and G > 1 and m < M
-        given, rows = (t.narrow(1, first, m) if lies_apart else some(t, first, m, tokens) for t in (x, y))
-        made = y.new_empty(G, m, R) if lies_apart else rows
-        early = int(settled(made, weight, scale, scale_2))
-        launch(replace(shape, M=m), compact(given), *stored, made, early)
-        if lies_apart and not isinstance(rows, FakeTensor):
-            rows.copy_(made)
-    return y
+    return Shape(M, G, weight.shape[0] // G, K, format, e8m0, DTYPES[dtype], DTYPES[out], by_token)
+
+
+def vectors_at_once(shape: "Shape", most: int) -> int:
+    """How many of its vectors a launch takes: as many as shared memory holds of `most`, or, where launches of ROWS take less
+    time than those of more, so many."""
+    if alike():
+        return rows_at_once(replace(shape, M=most), True)
+    each = {rows_at_once(replace(shape, M=even(shape.M, n))) for n in (most, ROWS)}
+    return min(each, key=lambda n: (microseconds(shape, n), -n)) if len(each) > 1 else each.pop()
+
+
+def microseconds(shape: Any, at_once: int) -> float:
+    """Of launches for all vectors of a shape, of `kernels.gemv` or `kernels.linears`, as the cost model has them."""
+    from dsv4_compile.kernels.division import microseconds as of_launch
+
+    return sum(of_launch(replace(shape, M=m).work) for _, m in turns(shape.M, at_once))
+
+
+def pays(
+    *shapes: Any, most: int, matrices: int = 1, at_once: Callable[[Any, int], int] = vectors_at_once
+) -> bool | str:
+    """For `worth`: whether products of stored matrices, so many in each shape, take no longer by launches of at most `most`
+    vectors than by plain matrices that others make of them and multiply by."""
+    works = [shape.work for shape in shapes]
+    if alike() or any(
+        w.format in ("bf16", "fp32") or not isinstance(w.M, int) or w.M * w.rows * w.K == 0 for w in works
+    ):
+        return True
+    ours = sum(microseconds(shape, at_once(shape, most)) for shape in shapes)
+    moved = (work.bytes + 2 * 2 * work.rows * work.grids * work.K for work in works)  # bf16 is written, and read
+    others = APART * matrices * len(works) + sum(moved) / APART_BYTES
+    return ours <= others or f"launches of {ours:.0f} us, plain matrices and their products of {others:.0f} us"
 
 
 def turns(count: int, at_once: int) -> Iterator[tuple[int, int]]:

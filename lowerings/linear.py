@@ -41,7 +41,17 @@ def _(a):
     return dict(M=a.x.shape[0], **sizes_of(a.weight, a.scale))
 
 
-@linear.on("cuda", arch="sm_90+", when=lambda a: few_and_stored(a.x, a.x.shape[0], a.weight, a.scale, a.scale_2))
+def in_launches(a: Any) -> bool | str:
+    return few_and_stored(a.x, a.x.shape[-2], a.weight, a.scale, a.scale_2)
+
+
+def pays(a: Any) -> bool | str:
+    G, (M, K) = (a.x.shape[0] if a.x.dim() > 2 else 1), a.x.shape[-2:]
+    shape = gemv.shape_of(M, G, K, (a.weight, a.scale, a.scale_2), a.x.dtype, a.x.dtype)
+    return gemv.pays(shape, most=gemv.rows_of_launch(a.x, a.scale))
+
+
+@linear.on("cuda", arch="sm_90+", when=in_launches, worth=pays)
 def _(x, weight, scale, scale_2):
     return gemv.multiply(x.unsqueeze(0), weight, scale, scale_2, x.dtype).squeeze(0)
 
@@ -103,9 +113,7 @@ def _(a):
     return dict(G=G, M=M, R=sizes.pop("N") // G, **sizes)
 
 
-@grouped_linear.on(
-    "cuda", arch="sm_90+", when=lambda a: few_and_stored(a.x, a.x.shape[1], a.weight, a.scale, a.scale_2)
-)
+@grouped_linear.on("cuda", arch="sm_90+", when=in_launches, worth=pays)
 def _(x, weight, scale, scale_2):
     return gemv.multiply(x, weight, scale, scale_2, x.dtype)
 

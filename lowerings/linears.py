@@ -64,10 +64,14 @@ def of(count: int, normed: bool) -> Op:
         written = sum(M * e["N"] * (max(4, item) if is_wide(vars(a), i) else item) for i, e in enumerate(each))
         return dict(M=M, K=K, rows=sum(e["N"] for e in each), stored=bytes_, written=written)
 
-    def streamed(a: Any) -> bool | str:
+    def pairs_of(a: Any) -> tuple[Any, int]:
+        """Weights with scales, and how many vectors a launch takes at most."""
         pairs = [(getattr(a, w), getattr(a, s)) for w, s in zip(weights, scales, strict=True)]
+        return pairs, gemv.rows_of_launch(a.x, *(s for _, s in pairs))
+
+    def streamed(a: Any) -> bool | str:
+        pairs, most = pairs_of(a)
         again = gemv.times(*((w, s, is_wide(vars(a), i) and gemv.takes_fp32(a.x, w)) for i, (w, s) in enumerate(pairs)))
-        most = gemv.rows_of_launch(a.x, *(s for _, s in pairs))
         if (verdict := gemv.few(a.x, a.x.shape[0], again, most)) is not True:
             return verdict
         for w, s in pairs:
@@ -85,7 +89,14 @@ def of(count: int, normed: bool) -> Op:
             return f"weights in {kinds} formats: one launch takes two, behind a norm one"
         return at_once(shape_of(a.x, pairs, a.wide, norm), len(a.x), most) > 0 or "vectors beyond shared memory"
 
-    @made.on("cuda", arch="sm_90+", when=streamed)
+    def pays(a: Any) -> bool | str:
+        pairs, most = pairs_of(a)
+        if len(by_format(pairs)) > 1:
+            return True  # of few vectors, since some are plain
+        shape = shape_of(a.x, pairs, a.wide, getattr(a, "norm", None))
+        return gemv.pays(shape, most=most, matrices=count, at_once=lambda shape, most: at_once(shape, shape.M, most))
+
+    @made.on("cuda", arch="sm_90+", when=streamed, worth=pays)
     def _(x, *given):
         from dsv4_compile.kernels import linears as kernel
 

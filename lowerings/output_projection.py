@@ -50,7 +50,14 @@ def fits_the_kernel(a: Any) -> bool | str:
     return True
 
 
-@output_projection.on("cuda", arch="sm_90+", when=fits_the_kernel)
+def pays(a: Any) -> bool | str:
+    (G, M, K), dtype = a.x.shape, a.x.dtype
+    first = gemv.shape_of(M, G, K, (a.a, a.a_scale, a.a_scale_2), dtype, dtype, by_token=True)
+    second = gemv.shape_of(M, 1, len(a.a), (a.b, a.b_scale, a.b_scale_2), dtype, dtype)
+    return gemv.pays(first, second, most=gemv.rows_of_launch(a.x, a.a_scale, a.b_scale))
+
+
+@output_projection.on("cuda", arch="sm_90+", when=fits_the_kernel, worth=pays)
 def _(x, a, b, a_scale, a_scale_2, b_scale, b_scale_2):
     """Attention leaves all groups of a token side by side, and the second product wants them so: nothing is moved."""
     u = gemv.multiply(x.transpose(0, 1), a, a_scale, a_scale_2, x.dtype, by_token=True)

@@ -3,6 +3,7 @@
 An op for each number of compressors, and whether the last has entries in e4m3: an op's tensors are known by name.
 """
 
+import math
 from functools import cache
 from inspect import Parameter, Signature
 from types import SimpleNamespace
@@ -18,9 +19,10 @@ from dsv4_compile.lowerings.compressor_append import (
 from dsv4_compile.lowerings.compressor_append import shape_of as shape_of_compressor
 from dsv4_compile.lowerings.norm import DTYPES, kept_in, repeated, table
 from dsv4_compile.lowerings.rope import fits_with_rope, norm_rope
-from dsv4_compile.op import Cost, Op, Tensor, compact, op
+from dsv4_compile.op import Cost, Op, Tensor, at_most, compact, op
 
 MOST = 2  # compressors: that of the keys, and the indexer's
+MANY = 4096  # rows of queries; of more, launches of their own are faster
 OF_QUERIES: dict[str, Any] = dict(q=Tensor, q_eps=float, q_cos=Tensor, q_sin=Tensor)
 
 
@@ -29,6 +31,9 @@ def arguments_of(part: Op) -> dict[str, Any]:
 
 
 OF_KEYS = arguments_of(norm_rope_append)
+
+
+few_rows = at_most(MANY, lambda a: math.prod(a.q.shape[:-1]))
 
 
 def of(name: str, *memories: Op) -> Op:
@@ -95,7 +100,7 @@ def of(name: str, *memories: Op) -> Op:
             return "other sequences in a compressor than in the cache"
         return runs(shape_of(q, keys, compressors)) or "compressors whose channels do not share a block"
 
-    @made.on("cuda", arch="sm_90+", in_place=tuple(written), when=in_one)
+    @made.on("cuda", arch="sm_90+", in_place=tuple(written), when=in_one, worth=few_rows)
     def _(*given):
         from dsv4_compile.kernels.prologue import launch
 

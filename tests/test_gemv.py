@@ -160,6 +160,14 @@ def test_grouped_linear_is_the_meaning(G, M, R, K, format, kernel_parity):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("format", STORED)
+@pytest.mark.parametrize(("G", "M", "R", "K"), [(3, 21, 51, 288), (8, 40, 64, 512)])
+def test_groups_take_more_vectors(G, M, R, K, format, kernel_parity):
+    x, weight = vectors(G, M, K), matrix(format, G * R, K)
+    kernel_parity(grouped_linear, x, *weight, others=(vectors(G, M, K, seed=5), *weight), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("weight", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("x", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_a_wide_linear_is_exact(x, weight, kernel_parity):

@@ -106,7 +106,10 @@ def imported_modules(path: Path, home: str) -> Iterator[tuple[int, str]]:
 
 
 def own_kernel(name: str, op: str) -> bool:
-    return name in {"dsv4_compile.kernels", f"dsv4_compile.kernels.{op}"}
+    """Or a cost model, which is no part of any."""
+    if name in {"dsv4_compile.kernels", f"dsv4_compile.kernels.{op}"}:
+        return True
+    return "\nCHOOSES = True" in modules()[name].read_text()
 
 
 def complaints(path: Path) -> list[str]:
