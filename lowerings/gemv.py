@@ -19,8 +19,8 @@ ROWS = 8  # of one launch
 ROWS_OF_STORED = 16  # of one launch that multiplies stored weights by bf16: parts of vectors share a wide instruction
 MOST = 64  # of launches after each other: beyond them it is no longer reading that bounds a product
 # What others need for a stored matrix on an H200: microseconds of two launches, of which one makes numbers and one multiplies
-# by them, and bytes a microsecond of what they read and write.
-APART, APART_BYTES = 8.0, 3.45e6
+# by them, and bytes a microsecond of what they read and write. Microseconds of a copy of few vectors.
+APART, APART_BYTES, COPY = 8.0, 3.45e6, 3.0
 ALIGNED = {"bf16": 8, "fp32": 8, "fp8": 16, "mxfp4": 32, "nvfp4": 32}  # columns of a row's loads
 
 
@@ -116,7 +116,7 @@ def multiply(
         return y.zero_()
     shape = shape_of(M, G, K, (weight, scale, scale_2), x.dtype, out, by_token)
     n = vectors_at_once(shape, rows_of_launch(x, scale))
-    if n < M and G > 1 and not by_token:  # a launch's vectors shall lie in one piece
+    if lies_apart(shape, n):
         return compact(multiply(compact(x.transpose(0, 1)), weight, scale, scale_2, out, by_token=True).transpose(0, 1))
     stored = words(weight), flat(scale), None if scale_2 is None else scale_2.view(1)
     for first, m in turns(M, n):
@@ -154,6 +154,11 @@ def vectors_at_once(shape: "Shape", most: int) -> int:
     return min(each, key=lambda n: (microseconds(shape, n), -n)) if len(each) > 1 else each.pop()
 
 
+def lies_apart(shape: Any, at_once: int) -> bool:
+    """Whether a launch's vectors lie in several pieces: they and the results are moved."""
+    return at_once < shape.M and shape.work.grids > 1 and not shape.by_token
+
+
 def microseconds(shape: Any, at_once: int) -> float:
     """Of launches for all vectors of a shape, of `kernels.gemv` or `kernels.linears`, as the cost model has them."""
     from dsv4_compile.kernels.division import microseconds as of_launch
@@ -171,7 +176,8 @@ def pays(
         w.format in ("bf16", "fp32") or not isinstance(w.M, int) or w.M * w.rows * w.K == 0 for w in works
     ):
         return True
-    ours = sum(microseconds(shape, at_once(shape, most)) for shape in shapes)
+    each = [(shape, at_once(shape, most)) for shape in shapes]
+    ours = sum(microseconds(shape, n) + 2 * COPY * lies_apart(shape, n) for shape, n in each)
     moved = (work.bytes + 2 * 2 * work.rows * work.grids * work.K for work in works)  # bf16 is written, and read
     others = APART * matrices * len(works) + sum(moved) / APART_BYTES
     return ours <= others or f"launches of {ours:.0f} us, plain matrices and their products of {others:.0f} us"

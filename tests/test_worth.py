@@ -66,6 +66,7 @@ CASES = {  # whether a compiled model takes the kernel
     "keys of Pro, 64": (linear, lambda: (empty(64, 7168), *fp8(512, 7168)), False),
     "nothing": (linear, lambda: (empty(0, 7168), *fp8(512, 7168)), True),
     "groups of Flash": (grouped_linear, lambda: (empty(8, 32, 4096), *fp8(8192, 4096)), True),
+    "groups of Flash, 64": (grouped_linear, lambda: (empty(8, 64, 4096), *fp8(8192, 4096)), False),
     "output of Flash, 32": (output_projection, lambda: projected(32, 8, 1024, 4096, 4096), True),
     "output of Flash, 64": (output_projection, lambda: projected(64, 8, 1024, 4096, 4096), False),
     "queries and keys of Flash, 64": (LINEARS[2], lambda: readers(64, 4096, 1024, 512), True),
