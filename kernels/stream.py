@@ -190,8 +190,11 @@ class Stream:
         self.exact = self.columns == self.part
         # scales may begin within a word
         self.shifted = self.words > 0 and not (self.words == 1 and work.format == "fp8" and not work.e8m0)
+        # In the last block of four bits what is behind the row's own scales, which zeros are multiplied by, must not be NaN.
+        self.cut = False
         if work.format in ("mxfp4", "nvfp4"):
             self.shifted = (work.K // stored.GROUP[work.format]) % 4 != 0
+            self.cut = self.part % self.format.block != 0
         self.scale_row, self.scale_matrix = 0, 0
         self.overlaps, self.vectors_first = config.overlaps, False
         # Of fp8, eight rows of a warp have one scale. Blocks that have one; whether a copy takes two blocks of four rows.
@@ -402,7 +405,9 @@ class Stream:
                 r, w = item // per_row, item % per_row
                 begin = self.scales[i] + self.scale_offset(j)
                 target = ring + (((j * 2 + r) * (self.words + 1) + w) * 8 + self.g) * 4
-                if const_expr(not self.shifted):
+                if const_expr(self.cut):
+                    self.fetch_own_scales(target, begin, r, w)
+                elif const_expr(not self.shifted):
                     stored.fetch_word(target, begin + 4 * w)
                 elif w < self.words:
                     _, _, _, end_0 = self.own(0)
@@ -412,6 +417,19 @@ class Stream:
                     stored.fetch_word(target, word if word < last else last)
                 else:
                     warps.store(target, Int32(begin & Int64(3)) * 8)
+
+    @cute.jit
+    def fetch_own_scales(self, target, begin, r, w):
+        """The w-th word, with zeros behind the scales of its row; or where in the first word they begin."""
+        if w < self.words:
+            _, row_0, base_0, _ = self.own(0)
+            _, row_1, base_1, _ = self.own(1)
+            row, base = (row_0 if r == 0 else row_1), (base_0 if r == 0 else base_1)
+            word = (begin & Int64(-4)) + 4 * w if const_expr(self.shifted) else begin + 4 * w
+            there = Int32(base + Int64(row + 1) * self.scale_row - word)
+            fetch_part(target, word, cutlass.max(cutlass.min(there, 4), 0))
+        else:
+            warps.store(target, Int32(begin & Int64(3)) * 8)
 
     @cute.jit
     def scale_of(self, begin, j: int, r: int):
@@ -522,6 +540,13 @@ class Stream:
                     for b in cutlass.range_constexpr(self.split):
                         total = total + self.kept[index, b]
                     self.put(tile, place // self.rows_of_tile, place % self.rows_of_tile, total)
+
+
+def fetch_part(shared, address, count) -> None:
+    """As `stored.fetch_word`, of as many bytes; the rest of the four are zero."""
+    cute.arch.inline_ptx(
+        "cp.async.ca.shared.global [{$r0}], [{$r1}], 4, {$r2};", read_only_args=[shared, address, count]
+    )
 
 
 def tree(numbers):

@@ -265,6 +265,22 @@ def test_strange_numbers_stay_where_they_are():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4"])
+@pytest.mark.parametrize("K", [64, 96, 192, 288])
+@pytest.mark.parametrize("M", [1, 5, 21])
+def test_scales_behind_those_of_a_row_are_not_its_own(M, K, format):
+    """Its last block of columns is cut short: behind it lies the next row, which may be NaN, or memory of others."""
+    x, (w, scale, scale_2) = vectors(M, K), matrix(format, 51, K)
+    scale.view(torch.uint8)[7] = 0xFF
+    space = torch.full((scale.numel() + 16,), 0xFF, dtype=torch.uint8, device="cuda")
+    own = space[: scale.numel()].copy_(scale.view(torch.uint8).view(-1)).view(scale.dtype).view(scale.shape)
+    y = linear(x.cuda(), w.cuda(), own, None if scale_2 is None else scale_2.cuda()).cpu()
+    want = linear.meaning(x, w, scale, scale_2)
+    assert want.isnan().sum() == M, "one row"
+    torch.testing.assert_close(y, want, rtol=1e-2, atol=1e-2, equal_nan=True)
+
+
+@pytest.mark.gpu
 def test_the_kernels_write_their_outputs_alone():
     weight, scale, _ = on_gpu(*matrix("fp8", 33, 64))
     shape = gemv.Shape(2, 1, 33, 64, "fp8", True, "bf16", "bf16")
