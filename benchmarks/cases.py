@@ -38,10 +38,10 @@ from dsv4_compile.lowerings.sinkhorn import sinkhorn
 from dsv4_compile.op import Op
 from dsv4_compile.reference_model import DSV4Config
 from dsv4_compile.reference_model.quant import pack_kv, quantize, quantize_rows
+from dsv4_compile.reference_model.schedule import CSA, HCA
 
 CONTEXT = 32768  # tokens behind a decode step
 EPS, SINKHORN_EPS = 1e-6, 1e-6
-CSA, HCA = "compressed_sparse_attention", "heavily_compressed_attention"
 FEW = 4  # tokens whose experts are computed in fp64
 DISTINCT = 8  # experts that are drawn; the others are copies of them
 bf16 = torch.bfloat16

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
 from benchmarks import once
+from benchmarks.cases import as_bytes
 from benchmarks.timing import ceilings, microseconds, size
 from dsv4_compile.kernel import collecting
 from dsv4_compile.lowerings.linear import grouped_linear, linear, linear_wide
@@ -180,8 +181,7 @@ def prepare(rows: list[int], formats: list[str], layers: list[str], several: lis
 
 def repeated(t: torch.Tensor) -> torch.Tensor:
     """As many experts as there are, of a few drawn ones."""
-    narrow = t.view(torch.uint8) if t.dtype.itemsize == 1 else t
-    return narrow.repeat(EXPERTS // len(t), *[1] * (t.dim() - 1)).view(t.dtype)
+    return as_bytes(t).repeat(EXPERTS // len(t), *[1] * (t.dim() - 1)).view(t.dtype)
 
 
 def wrong(got: torch.Tensor, want: torch.Tensor) -> float:

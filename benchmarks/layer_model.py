@@ -12,8 +12,8 @@ from dsv4_compile.commands.inputs import InputError
 from dsv4_compile.commands.warm import config_of as named_or_read
 from dsv4_compile.reference_model import DSV4, DSV4Config, Loop, State, draw
 from dsv4_compile.reference_model.quant import pack_kv, quantize_rows
+from dsv4_compile.reference_model.schedule import CSA, HCA, SWA
 
-SWA, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 LAYERS, WITHOUT_SWA = (SWA, CSA, HCA, CSA), (HCA, CSA, CSA)
 SHORT = {SWA: "SWA", CSA: "CSA", HCA: "HCA"}
 FORMATS = {"bf16": ("none", "none"), "fp8": ("fp8", "fp8"), "fp4": ("fp8", "mxfp4")}  # of dense weights and experts

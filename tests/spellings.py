@@ -21,10 +21,11 @@ from typing import Any
 import torch
 
 from dsv4_compile import reference_model
+from dsv4_compile.reference_model.schedule import CSA, HCA, SWA
 
 PACKAGE = reference_model.__name__
 FILES = ("layers", "model")
-KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
+KINDS = (SWA, CSA, HCA)
 KEPT = {"__init__", "_apply", "check", "new_state", "allocate", "draft", "predict", "join", "of", "parts"}  # functions
 # Calls that do something, or that lead to some: their order and number stay.
 ONCE = {"extend", "put", "next", "of", "compressor", "indexer", "score", "attn", "region", "layer", "run"}

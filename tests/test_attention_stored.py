@@ -18,6 +18,7 @@ from dsv4_compile.lowerings.attention import attention
 from dsv4_compile.lowerings.compressor_append import compressor_append
 from dsv4_compile.lowerings.kv import layout, pack_kv, unpack_kv
 from dsv4_compile.reference_model import DSV4, DSV4Config
+from dsv4_compile.reference_model.schedule import CSA, HCA, SWA
 
 E4M3, DR = torch.float8_e4m3fn, 64
 
@@ -216,7 +217,7 @@ def test_whole_steps_of_decoding():
     """Compiled, against eager, from one prompt; all that attention and its caches do in kernels. Every expert and every entry
     is chosen: else a rounding now and then becomes another choice, which no bound holds."""
     torch.manual_seed(0)
-    kinds = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
+    kinds = (SWA, CSA, HCA)
     config = DSV4Config.tiny().replace(
         num_hidden_layers=3, layer_types=kinds, mlp_layer_types=("moe",) * 3, num_nextn_predict_layers=0
     )

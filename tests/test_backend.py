@@ -13,6 +13,7 @@ from torch._inductor.utils import fresh_cache
 
 from dsv4_compile import explain, reports
 from dsv4_compile.errors import DSV4Warning
+from dsv4_compile.reference_model.schedule import CSA, HCA, SWA
 from dsv4_compile.reporting.sites import expected
 
 needs_cxx = pytest.mark.skipif(
@@ -214,7 +215,7 @@ def test_explain_works_any_number_of_times():
 
 
 def test_sites_come_from_the_schedule():
-    kinds = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"]
+    kinds = [SWA, CSA, HCA, SWA]
     model = Block()
     model.config = SimpleNamespace(layer_types=kinds, hc_mult=4)
     in_layers = {"attention": 4, "moe": 4, "router": 4, "compressor": 3, "indexer": 1, "mhc": 17, "mhc_boundary": 8}

@@ -24,6 +24,7 @@ from dsv4_compile.errors import AlreadyWrong, NotForAScript, TracedAgain, Unknow
 from dsv4_compile.lowerings import OPS
 from dsv4_compile.passes import PassManager
 from dsv4_compile.patterns import RULES, norm
+from dsv4_compile.reference_model.schedule import SWA
 from dsv4_compile.reporting.report import GraphReport, Report, Site
 
 # The search, on paper
@@ -266,7 +267,7 @@ def folder(tmp_path_factory):
     from dsv4_compile.reference_model import DSV4, DSV4Config, save
 
     torch.manual_seed(0)
-    change = dict(num_hidden_layers=1, layer_types=("sliding_attention",), mlp_layer_types=("moe",))
+    change = dict(num_hidden_layers=1, layer_types=(SWA,), mlp_layer_types=("moe",))
     config = DSV4Config.tiny().replace(**change, hc_sinkhorn_iters=2, num_nextn_predict_layers=0)
     folder = tmp_path_factory.mktemp("model") / "model"
     save(DSV4(config).eval(), folder)

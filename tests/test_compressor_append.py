@@ -15,8 +15,9 @@ from dsv4_compile.patterns import pointwise, rope
 from dsv4_compile.reference_model import DSV4, DSV4Config
 from dsv4_compile.reference_model.layers import put
 from dsv4_compile.reference_model.model import compress
+from dsv4_compile.reference_model.schedule import CSA, HCA
 
-KINDS = "compressed_sparse_attention", "heavily_compressed_attention"
+KINDS = CSA, HCA
 
 
 def case(B=2, S=13, T=3, n=2, P=7, m=4, d=20, dr=6, overlap=True, narrow=False, seed=0, open_windows=1, missing=2):

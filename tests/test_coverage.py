@@ -14,11 +14,12 @@ import dsv4_compile
 from dsv4_compile import hf
 from dsv4_compile.backend import backend
 from dsv4_compile.reference_model import DSV4, DSV4Config
+from dsv4_compile.reference_model.schedule import CSA, HCA, SWA
 
 ALL = os.environ.get("DSV4_TEST_COVERAGE") == "all"
 ONE_OF_EACH = dict(
     num_hidden_layers=3,
-    layer_types=("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"),
+    layer_types=(SWA, CSA, HCA),
     mlp_layer_types=("hash_moe", "moe", "moe"),
 )
 HF_FIELDS = [
@@ -97,7 +98,7 @@ def test_an_output_on_the_meta_device_may_be_read_by_the_graph():
 
 def test_every_site_of_mtp_is_found():
     """Counted by explain from the configuration, and by the backend from the modules that the graph went through."""
-    fields = dict(num_hidden_layers=1, layer_types=("sliding_attention",), mlp_layer_types=("moe",))
+    fields = dict(num_hidden_layers=1, layer_types=(SWA,), mlp_layer_types=("moe",))
     model = DSV4(DSV4Config.tiny().replace(**fields, hc_sinkhorn_iters=2)).eval().requires_grad_(False)
     report = dsv4_compile.explain(model, torch.arange(9).unsqueeze(0), mtp=True, options={"strict": True})
     assert {f: report.counts[f] for f in report.sites} == dict(report.sites) and report.sites["mtp"] == 1, report

@@ -14,8 +14,9 @@ from dsv4_compile.commands import measure
 from dsv4_compile.commands.ring import Ring
 from dsv4_compile.reference_model import DSV4, DSV4Config, Loop, decode_step, draw, generate, load, nano
 from dsv4_compile.reference_model.sample import argmax, philox
+from dsv4_compile.reference_model.schedule import CSA, HCA, SWA
 
-KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
+KINDS = (SWA, CSA, HCA)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 

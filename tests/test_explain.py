@@ -26,12 +26,11 @@ from dsv4_compile.passes import front
 from dsv4_compile.patterns import RULES
 from dsv4_compile.reference_model import DSV4, DSV4Config, save
 from dsv4_compile.reference_model.model import Router
+from dsv4_compile.reference_model.schedule import HCA, SWA
 from dsv4_compile.reporting import stored
 from dsv4_compile.reporting.roofline import H200, Machine
 from dsv4_compile.reporting.table import AROUND, kinds
 from dsv4_compile.reporting.unclaimed import summed
-
-SWA, HCA = "sliding_attention", "heavily_compressed_attention"
 
 
 def small(attention=(SWA, HCA, SWA), experts=("moe", "moe", "moe"), **change) -> DSV4:

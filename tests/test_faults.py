@@ -27,6 +27,7 @@ from dsv4_compile.lowerings import OPS
 from dsv4_compile.passes import PassManager
 from dsv4_compile.patterns import RULES
 from dsv4_compile.reference_model import DSV4, DSV4Config
+from dsv4_compile.reference_model.schedule import CSA, HCA, SWA
 from dsv4_compile.reporting.report import Site
 
 
@@ -42,7 +43,7 @@ faults = loaded("faults")
 GENERAL = len(faults.FAULTS)
 loaded("faults_in_bytes")
 
-KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
+KINDS = (SWA, CSA, HCA)
 CONFIG = Config(regions=False, inner="eager", lowerings=("cpu",))
 THRESHOLD = 1e-4  # of logits up to about 4; all rewrites together are off by less than 1e-5
 ALL = os.environ.get("DSV4_TEST_FAULTS") == "all"

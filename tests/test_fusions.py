@@ -22,9 +22,10 @@ from dsv4_compile.patterns import RULES
 from dsv4_compile.reference_model import DSV4, DSV4Config, load
 from dsv4_compile.reference_model.model import Block
 from dsv4_compile.reference_model.nano import CHECKPOINT
+from dsv4_compile.reference_model.schedule import CSA, HCA, SWA
 
 FUSIONS = ("attention", "compressor", "mhc", "moe", "router")
-KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
+KINDS = (SWA, CSA, HCA)
 
 
 def small(kinds=KINDS[1:2], routers=("moe",), **change) -> DSV4:

@@ -10,13 +10,13 @@ import torch
 from dsv4_compile import hf
 from dsv4_compile.backend import backend
 from dsv4_compile.lowerings.attention import dense_attention
+from dsv4_compile.reference_model.schedule import CSA, HCA, SWA
 from dsv4_compile.reporting.sites import expected
 
 transformers = pytest.importorskip("transformers")
 modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
 transformers.logging.set_verbosity_error()
 
-SWA, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 CONFIG = dict(
     vocab_size=61,
     hidden_size=40,

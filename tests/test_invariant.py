@@ -26,6 +26,7 @@ from dsv4_compile.lowerings import gemv as products
 from dsv4_compile.lowerings.linear import linear
 from dsv4_compile.lowerings.linears import LINEARS
 from dsv4_compile.reference_model import DSV4, DSV4Config, Loop, decode_step
+from dsv4_compile.reference_model.schedule import CSA, HCA, SWA
 
 
 def helper(name):
@@ -42,7 +43,6 @@ CASES, FORMATS, MOST = tokens.CASES, tokens.FORMATS, tokens.MOST
 FAMILIES, Draw, build = generated.FAMILIES, generated.Draw, launches.build
 bf16 = torch.bfloat16
 ALL = os.environ.get("DSV4_TEST_CONFIGS") == "all"
-CSA, HCA = "compressed_sparse_attention", "heavily_compressed_attention"
 
 
 @pytest.fixture
@@ -270,7 +270,7 @@ def test_attention_in_parts_does_not_spill(alike, hopper):
 
 def small(stored):
     """A layer of each kind; every row a multiple of 16 bytes."""
-    kinds = ("sliding_attention", CSA, HCA)
+    kinds = (SWA, CSA, HCA)
     formats = dict(linear_format="fp8", expert_format="mxfp4", mtp_expert_format="mxfp4") if stored else {}
     sizes = dict(hidden_size=128, moe_intermediate_size=64, q_lora_rank=64, o_lora_rank=32, o_groups=2)
     return DSV4Config.tiny().replace(

@@ -14,6 +14,7 @@ from dsv4_compile.lowerings.kv import layout, pack_kv, unpack_kv
 from dsv4_compile.lowerings.rope import norm_rope
 from dsv4_compile.patterns import kv as of_kv
 from dsv4_compile.reference_model import DSV4, DSV4Config, quant
+from dsv4_compile.reference_model.schedule import CSA, HCA, SWA
 
 E4M3 = torch.float8_e4m3fn
 SIZES = (512, 64), (48, 16), (64, 16), (22, 6)
@@ -100,7 +101,7 @@ def test_writers_write_such_rows():
     torch.library.opcheck(compressor_append.target, args)
 
 
-KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
+KINDS = (SWA, CSA, HCA)
 
 
 def model(sink_mode="denominator", kinds=KINDS, **change) -> DSV4:

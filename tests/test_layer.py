@@ -10,6 +10,7 @@ import torch
 
 from dsv4_compile.lowerings.norm import rms_norm
 from dsv4_compile.reference_model import DSV4Config
+from dsv4_compile.reference_model.schedule import HCA, SWA
 
 ROOT = Path(__file__).resolve().parent.parent
 kernels = pytest.mark.skipif(find_spec("cutlass") is None, reason="GPU kernels need CuTeDSL")
@@ -252,7 +253,7 @@ def test_it_runs_on_a_cpu(module, monkeypatch, tmp_path, capsys):
     read = 8 * 500 * (2 * small.index_head_dim - small.index_head_dim - 4)
     assert bytes_of[0] == bytes_of[2] == 0 and bytes_of[1] == bytes_of[3] == pytest.approx(read)
     of_hca, row = many[2] - least[2], 2 * small.head_dim - 80
-    entries = 2000 // small.rate("heavily_compressed_attention")
+    entries = 2000 // small.rate(HCA)
     assert of_hca == pytest.approx(8 * (entries + small.sliding_window) * row)
 
 
@@ -288,7 +289,7 @@ def test_what_a_profile_says_is_told_drawn_and_written(module, monkeypatch, tmp_
 
 def test_any_config_and_the_kinds_of_layer_that_it_has(module, tmp_path, capsys):
     model, layer = module("layer_model"), module("layer")
-    kinds = "sliding_attention", "heavily_compressed_attention"
+    kinds = SWA, HCA
     tiny = DSV4Config.tiny().replace(num_hidden_layers=2, layer_types=kinds, mlp_layer_types=("moe", "moe"))
     fields = tiny.to_hf_dict()
     (tmp_path / "config.json").write_text(json.dumps(fields))

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dsv4_compile.reference_model import DSV4, DSV4Config, Selection, State, generate, sample
 from dsv4_compile.reference_model import model as reference
 from dsv4_compile.reference_model.quant import dequantize_rows, pack_kv, unpack_kv
+from dsv4_compile.reference_model.schedule import CSA, HCA, SWA
 
 LENGTH = 45  # crosses windows of 4 and 8 and wraps the ring of 12
 
@@ -55,7 +56,7 @@ def test_any_chunking_gives_the_same_logits(model, tokens, whole, chunks, draft)
 
 def test_equal_rates_keep_their_windows_apart(tokens):
     """CSA's windows overlap and HCA's do not, whatever their lengths."""
-    kinds = ("compressed_sparse_attention", "heavily_compressed_attention")
+    kinds = (CSA, HCA)
     change = dict(num_hidden_layers=2, layer_types=kinds, mlp_layer_types=("moe", "moe"))
     model = randomise(DSV4(DSV4Config.tiny().replace(compress_rates=dict.fromkeys(kinds, 4), **change)))
     state = model.new_state(2, LENGTH)
@@ -130,7 +131,7 @@ def test_selections_are_recorded_and_replayed(model, tokens, whole):
     assert torch.equal(model(tokens, selection=selection), whole)
     config = model.config
     assert [e.shape for e in selection.experts] == [(2 * LENGTH, config.num_experts_per_tok)] * config.num_hidden_layers
-    kinds = ["compressed_sparse_attention" == kind for kind in config.layer_types]
+    kinds = [CSA == kind for kind in config.layer_types]
     assert [e is not None for e in selection.entries] == kinds
     assert torch.equal(model(tokens, selection=selection), whole)
     others = [(e + 1) % config.n_routed_experts for e in selection.experts]
@@ -170,7 +171,7 @@ def test_variants_decode_as_they_prefill_and_differ_from_the_default(model, toke
 def test_the_sink_cancels_in_a_window_only_layer_when_it_scales_the_window(model, tokens):
     """o = e^sink e^lse_w o_w / (e^sink e^lse_w): without compressed entries the sink is no part of the result."""
     config = model.config.replace(
-        sink_mode="swa_scale", num_hidden_layers=1, layer_types=("sliding_attention",), mlp_layer_types=("moe",)
+        sink_mode="swa_scale", num_hidden_layers=1, layer_types=(SWA,), mlp_layer_types=("moe",)
     )
     one = randomise(DSV4(config))
     before = one(tokens)

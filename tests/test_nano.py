@@ -15,8 +15,8 @@ from dsv4_compile.reference_model import DSV4, DSV4Config, load, nano, train_nan
 from dsv4_compile.reference_model.nano import corpus, optim
 from dsv4_compile.reference_model.nano.walk import walk
 from dsv4_compile.reference_model.quant import dequantize
+from dsv4_compile.reference_model.schedule import CSA, HCA
 
-SWA, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 SMALL = {"sliding_window": 16, "compress_rates": {CSA: 4, HCA: 8}, "index_topk": 3, "n_routed_experts": 6}
 
 

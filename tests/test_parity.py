@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsv4_compile.reference_model import DSV4, DSV4Config, from_hf, generate
+from dsv4_compile.reference_model.schedule import CSA, HCA, SWA
 
-SWA, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 EXAMPLES = 50
 MARGIN, GAP, EXCLUDED = 1e-5, 2e-4, 0.02
 

@@ -21,9 +21,10 @@ from dsv4_compile.passes import PassManager
 from dsv4_compile.patterns import RULES
 from dsv4_compile.reference_model import DSV4, DSV4Config, Selection, load
 from dsv4_compile.reference_model.nano import CHECKPOINT, encode, heldout
+from dsv4_compile.reference_model.schedule import CSA, HCA, SWA
 
 ALL = os.environ.get("DSV4_TEST_PRECISION") == "all"
-KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
+KINDS = (SWA, CSA, HCA)
 LIMIT = 1.05
 NAMES = tuple(dict.fromkeys(r.name for r in RULES))
 # What runs an op: whoever can, whoever is worth it, nobody (its meaning as plain PyTorch).

@@ -14,9 +14,9 @@ import dsv4_compile
 from dsv4_compile.backend import backend
 from dsv4_compile.reference_model import DSV4, DSV4Config
 from dsv4_compile.reference_model.model import Attention, Experts
+from dsv4_compile.reference_model.schedule import CSA, HCA, SWA
 
 on_demand = pytest.mark.skipif(os.environ.get("DSV4_TEST_ROBUST") != "all", reason="set DSV4_TEST_ROBUST=all")
-SWA, CSA, HCA = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 
 
 def small(kind=CSA, **change) -> DSV4:

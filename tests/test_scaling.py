@@ -12,8 +12,8 @@ from dsv4_compile.backend import backend
 from dsv4_compile.reference_model import DSV4, DSV4Config
 from dsv4_compile.reference_model.layers import Linear
 from dsv4_compile.reference_model.repeated import Repeated, known_region, region
+from dsv4_compile.reference_model.schedule import HCA, SWA
 
-SWA, HCA = "sliding_attention", "heavily_compressed_attention"
 REUSES = "reuse_hash_fn" in inspect.signature(torch.compiler.nested_compile_region).parameters  # torch 2.13 on
 
 

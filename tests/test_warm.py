@@ -16,12 +16,11 @@ from dsv4_compile.cache.store import Store
 from dsv4_compile.kernel import collecting
 from dsv4_compile.kernels import experts, router
 from dsv4_compile.lowerings.linear import grouped_linear
-
-CSA, HCA = "compressed_sparse_attention", "heavily_compressed_attention"
+from dsv4_compile.reference_model.schedule import CSA, HCA, SWA
 
 
 def one_layer(**change) -> DSV4Config:
-    fields = dict(num_hidden_layers=1, layer_types=("sliding_attention",), mlp_layer_types=("moe",))
+    fields = dict(num_hidden_layers=1, layer_types=(SWA,), mlp_layer_types=("moe",))
     return DSV4Config.tiny().replace(**fields, hc_sinkhorn_iters=2, num_nextn_predict_layers=0, **change)
 
 
@@ -70,7 +69,7 @@ def test_of_a_state_with_keys_in_e4m3_one_kernel_writes_them_and_one_of_each_kin
 
 def test_layers_of_a_kind_are_looked_at_once():
     few = warm.one_of_each(DSV4Config.flash())
-    assert few.layer_types == ("sliding_attention", CSA, HCA, CSA) and few.num_hidden_layers == 4
+    assert few.layer_types == (SWA, CSA, HCA, CSA) and few.num_hidden_layers == 4
     assert few.mlp_layer_types == ("hash_moe", "hash_moe", "moe", "moe")
     assert few.replace(num_hidden_layers=43) != few and few.hidden_size == 4096
     assert warm.one_of_each(few) == few
