@@ -99,7 +99,7 @@ class Cases:
         """A matrix for each expert and its scales."""
         few = self.matrix(DISTINCT, *shape, format=format)
         copies = -(-self.c.n_routed_experts // DISTINCT)
-        whole = [as_bytes(t).repeat(copies, 1, 1).view(t.dtype)[: self.c.n_routed_experts] for t in few]
+        whole = [repeated(t, copies)[: self.c.n_routed_experts] for t in few]
         return whole[0], whole[1] if len(whole) > 1 else None
 
     def integers(self, below: int, *shape: int) -> Tensor:
@@ -439,6 +439,11 @@ class Cases:
 def rows_of(t: Tensor, index: Tensor) -> Tensor:
     """t[index], of any type."""
     return as_bytes(t)[index].view(t.dtype)
+
+
+def repeated(t: Tensor, times: int) -> Tensor:
+    """t, of any type, so often."""
+    return as_bytes(t).repeat(times, *[1] * (t.dim() - 1)).view(t.dtype)
 
 
 def as_bytes(t: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
 from benchmarks import once
-from benchmarks.cases import as_bytes
+from benchmarks.cases import repeated
 from benchmarks.timing import ceilings, microseconds, size
 from dsv4_compile.kernel import collecting
 from dsv4_compile.lowerings.linear import grouped_linear, linear, linear_wide
@@ -107,7 +107,7 @@ def batched(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 def all_experts(format: str) -> tuple[Stored, ...]:
     """Weights, scales and second scales of a layer's three matrices, those of all experts stacked."""
     few = [weight(format, 8, *s) for s in ((INNER, D), (INNER, D), (D, INNER))]
-    stacked = [tuple(None if t is None else repeated(t) for t in stored) for stored in few]
+    stacked = [tuple(None if t is None else repeated(t, EXPERTS // len(t)) for t in stored) for stored in few]
     return tuple(zip(*stacked, strict=True))  # type: ignore[arg-type]
 
 
@@ -177,11 +177,6 @@ def prepare(rows: list[int], formats: list[str], layers: list[str], several: lis
                 whole(x)
     if failed := once.build(list(dict.fromkeys(found))):
         raise SystemExit(f"not built: {failed}")
-
-
-def repeated(t: torch.Tensor) -> torch.Tensor:
-    """As many experts as there are, of a few drawn ones."""
-    return as_bytes(t).repeat(EXPERTS // len(t), *[1] * (t.dim() - 1)).view(t.dtype)
 
 
 def wrong(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -217,6 +217,13 @@ def fetch_word(shared, address) -> None:
     cute.arch.inline_ptx("cp.async.ca.shared.global [{$r0}], [{$r1}], 4;", read_only_args=[shared, address])
 
 
+def fetch_part(shared, address, count) -> None:
+    """As `fetch_word`, but those beyond `count` become zeros."""
+    cute.arch.inline_ptx(
+        "cp.async.ca.shared.global [{$r0}], [{$r1}], 4, {$r2};", read_only_args=[shared, address, count]
+    )
+
+
 def vector_if(wanted, shared):
     """Four words of shared memory where they are wanted, anything elsewhere."""
     text = "{ .reg .pred p; setp.ne.b32 p, $4, 0; @p ld.shared.v4.b32 {$0, $1, $2, $3}, [$5]; }"

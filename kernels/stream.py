@@ -405,31 +405,26 @@ class Stream:
                 r, w = item // per_row, item % per_row
                 begin = self.scales[i] + self.scale_offset(j)
                 target = ring + (((j * 2 + r) * (self.words + 1) + w) * 8 + self.g) * 4
-                if const_expr(self.cut):
-                    self.fetch_own_scales(target, begin, r, w)
-                elif const_expr(not self.shifted):
+                if const_expr(not (self.shifted or self.cut)):
                     stored.fetch_word(target, begin + 4 * w)
                 elif w < self.words:
-                    _, _, _, end_0 = self.own(0)
-                    _, _, _, end_1 = self.own(1)
-                    last = (end_0 - 1 if r == 0 else end_1 - 1) & Int64(-4)
-                    word = (begin & Int64(-4)) + 4 * w
-                    stored.fetch_word(target, word if word < last else last)
+                    self.fetch_scales(target, begin, r, w)
                 else:
                     warps.store(target, Int32(begin & Int64(3)) * 8)
 
     @cute.jit
-    def fetch_own_scales(self, target, begin, r, w):
-        """The w-th word, with zeros behind the scales of its row; or where in the first word they begin."""
-        if w < self.words:
-            _, row_0, base_0, _ = self.own(0)
-            _, row_1, base_1, _ = self.own(1)
+    def fetch_scales(self, target, begin, r, w):
+        """The w-th word of them, with zeros behind those of the row if its last block is cut short."""
+        _, row_0, base_0, end_0 = self.own(0)
+        _, row_1, base_1, end_1 = self.own(1)
+        word = (begin & Int64(-4)) + 4 * w if const_expr(self.shifted) else begin + 4 * w
+        if const_expr(self.cut):
             row, base = (row_0 if r == 0 else row_1), (base_0 if r == 0 else base_1)
-            word = (begin & Int64(-4)) + 4 * w if const_expr(self.shifted) else begin + 4 * w
             there = Int32(base + Int64(row + 1) * self.scale_row - word)
-            fetch_part(target, word, cutlass.max(cutlass.min(there, 4), 0))
+            stored.fetch_part(target, word, cutlass.max(cutlass.min(there, 4), 0))
         else:
-            warps.store(target, Int32(begin & Int64(3)) * 8)
+            last = (end_0 - 1 if r == 0 else end_1 - 1) & Int64(-4)
+            stored.fetch_word(target, word if word < last else last)
 
     @cute.jit
     def scale_of(self, begin, j: int, r: int):
@@ -540,13 +535,6 @@ class Stream:
                     for b in cutlass.range_constexpr(self.split):
                         total = total + self.kept[index, b]
                     self.put(tile, place // self.rows_of_tile, place % self.rows_of_tile, total)
-
-
-def fetch_part(shared, address, count) -> None:
-    """As `stored.fetch_word`, of as many bytes; the rest of the four are zero."""
-    cute.arch.inline_ptx(
-        "cp.async.ca.shared.global [{$r0}], [{$r1}], 4, {$r2};", read_only_args=[shared, address, count]
-    )
 
 
 def tree(numbers):

@@ -1,7 +1,6 @@
 """mHC: the ops against the formula in fp64, and the reference model's modules, compiled, in all dtypes and shapes."""
 
 from dataclasses import replace
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dsv4_compile.lowerings.mhc import MANY, mhc_head, mhc_post, mhc_pre
+from dsv4_compile.lowerings.mhc import mhc_head, mhc_post, mhc_pre
 from dsv4_compile.lowerings.sinkhorn import sinkhorn
 from dsv4_compile.reference_model import DSV4Config
 from dsv4_compile.reference_model.layers import RMSNorm
@@ -341,21 +340,6 @@ def test_what_is_unclaimed_is_put_back(rewritten):
         report.runs["sinkhorn", "inlined: no implementation"] == 1
     )  # mhc_pre means sinkhorn, which is asked in its turn
     torch.testing.assert_close(result, site(X))
-
-
-@pytest.mark.skipif(find_spec("cutlass") is None, reason="kernels need CuTeDSL")
-@pytest.mark.parametrize(("tokens", "taken"), [(1, True), (MANY, True), (MANY + 1, False)])
-def test_the_mixtures_of_many_tokens_are_left_to_inductor(tokens, taken, monkeypatch):
-    """Unless somebody asks for the kernel."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    monkeypatch.setenv("DSV4_ARCH", "sm_90a")
-    with FakeTensorMode():
-        X = torch.empty(1, tokens, 4, 64, dtype=torch.bfloat16, device="cuda")
-        fn, base, scale = (torch.empty(s, device="cuda") for s in ((24, 256), (24,), (3,)))
-        arguments = mhc_pre.arguments(X, fn, base, scale, ITERS, EPS, RMS_EPS)
-        assert (mhc_pre.claim(arguments, if_worth=True)[0] is not None) == taken
-        assert mhc_pre.claim(arguments)[0] is not None
 
 
 WRONG_PRE = {

@@ -12,6 +12,7 @@ from dsv4_compile.lowerings import gemv
 from dsv4_compile.lowerings.compressor import compressor
 from dsv4_compile.lowerings.linear import grouped_linear, linear
 from dsv4_compile.lowerings.linears import LINEARS
+from dsv4_compile.lowerings.mhc import MANY, mhc_pre
 from dsv4_compile.lowerings.output_projection import output_projection
 from dsv4_compile.lowerings.prologue import PROLOGUES
 
@@ -45,19 +46,13 @@ def windows(B, n, R, d=512):
 def before_attention(B, T, heads=64, d=512):
     q_table, table = (empty(B, T, *lead, 32, dtype=torch.float32) for lead in ((1,), ()))
     slot = empty(B, T, dtype=torch.int64)
-    return (
-        empty(B, T, heads, d),
-        1e-6,
-        q_table,
-        q_table,
-        empty(B, 128, d),
-        slot,
-        empty(B, T, d),
-        empty(d),
-        1e-6,
-        table,
-        table,
-    )
+    keys = empty(B, 128, d), slot, empty(B, T, d), empty(d), 1e-6, table, table
+    return empty(B, T, heads, d), 1e-6, q_table, q_table, *keys
+
+
+def streams(tokens):
+    exact = (empty(*shape, dtype=torch.float32) for shape in ((24, 256), (24,), (3,)))
+    return empty(1, tokens, 4, 64), *exact, 20, 1e-6, 1e-6
 
 
 CASES = {  # whether a compiled model takes the kernel
@@ -76,6 +71,9 @@ CASES = {  # whether a compiled model takes the kernel
     "few long windows": (compressor, lambda: windows(1, 4, 128), False),
     "many long windows": (compressor, lambda: windows(4, 4, 128), True),
     "before attention, 64": (PROLOGUES[0], lambda: before_attention(64, 1), True),
+    "mixtures of one token": (mhc_pre, lambda: streams(1), True),
+    "mixtures of many": (mhc_pre, lambda: streams(MANY), True),
+    "mixtures of more": (mhc_pre, lambda: streams(MANY + 1), False),
     "before attention, many": (PROLOGUES[0], lambda: before_attention(1, 65), False),
 }
 
